@@ -1,0 +1,1 @@
+"""celo_nnx: learned optimizers from interchangeable parts."""

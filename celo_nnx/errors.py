@@ -1,0 +1,41 @@
+"""The one exception that a user's mistake raises, and the wording that its messages share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the caller, told in one line; the command line prints it and exits with code 2."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for a misspelt name: says which names exist and which is nearest.
+
+    Args:
+      what: the kind of thing that was looked up, such as ``"feature"``.
+      name: the name that was not found.
+      known: every accepted name.
+
+    Returns:
+      The error, to be raised by the caller.
+
+    Example:
+      >>> str(unknown("part", "momentun", ["momentum", "factored"]))
+      "unknown part 'momentun' (did you mean 'momentum'?); known: factored, momentum"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return UserError(f"unknown {what} {name!r}{hint}; known: {', '.join(known)}")
+
+
+def require(condition: bool, name: str, value: object, legal: str) -> None:
+    """Raises a :class:`UserError` that names the value and its legal range unless ``condition`` holds.
+
+    Example:
+      >>> require(5 > 0, "steps", 5, "an integer >= 1")
+    """
+    if not condition:
+        raise UserError(f"{name} = {value!r} is out of range: must be {legal}")
