@@ -1,0 +1,123 @@
+"""One self-contained HTML file that tells what was run and what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.resources
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jinja2
+import markupsafe
+import numpy as np
+
+from celo_nnx.evaluation import plots
+from celo_nnx.evaluation.plots import MetaCurve, Method
+
+LIBRARIES = ("celo-nnx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a report tells; every field is plain data, so that it can be written again.
+
+    Attributes:
+      title: the heading.
+      summary: the result in a sentence or two, a paragraph each.
+      steps: what was done, in order.
+      meta: the course of meta-training.
+      methods: the optimizers that were compared, the baseline last.
+      task: what the compared optimizers trained, in words.
+      optimizer: the assembled optimizer's description.
+      config: the resolved config as text.
+      timings: (what, seconds) pairs.
+    """
+
+    title: str
+    summary: Sequence[str]
+    steps: Sequence[str]
+    meta: MetaCurve
+    methods: Sequence[Method]
+    task: str
+    optimizer: str
+    config: str
+    timings: Sequence[tuple[str, float]]
+
+
+def write(report: Report, path: Path | str) -> Path:
+    """Writes the report as one HTML file without outside resources.
+
+    Args:
+      report: what to tell.
+      path: where to; written whole or not at all.
+
+    Returns:
+      The path.
+    """
+    figures = {
+        "meta": plots.to_svg(plots.meta_figure(report.meta), "meta"),
+        "training": plots.to_svg(plots.training_figure(report.methods), "training"),
+        "sensitivity": plots.to_svg(plots.sensitivity_figure(report.methods), "sensitivity"),
+    }
+    template = importlib.resources.files("celo_nnx.evaluation").joinpath("report.html").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["number"] = number
+    text = environment.from_string(template).render(
+        report=report,
+        figures={name: markupsafe.Markup(svg) for name, svg in figures.items()},
+        rows=score_rows(report.methods),
+        versions=versions(),
+    )
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def score_rows(methods: Sequence[Method]) -> list[dict[str, object]]:
+    """The score table: one row a method, best first; equal methods keep their order.
+
+    Returns:
+      Rows with ``name``, ``learning_rate``, ``median``, ``seeds`` (all final losses at that learning rate),
+      ``seconds`` and ``warning``.
+    """
+    rows = [
+        {
+            "name": method.name,
+            "learning_rate": method.tuned.learning_rate,
+            "median": method.tuned.median,
+            "seeds": [float(loss) for loss in method.tuned.final[method.tuned.best]],
+            "seconds": method.seconds,
+            "warning": method.tuned.warning,
+        }
+        for method in methods
+    ]
+    return sorted(rows, key=lambda row: row["median"])
+
+
+def number(value: float) -> str:
+    """A loss or a learning rate to three digits, or the word ``diverged``.
+
+    Example:
+      >>> number(0.012345), number(float("inf"))
+      ('0.0123', 'diverged')
+    """
+    return f"{value:.3g}" if np.isfinite(value) else "diverged"
+
+
+def versions() -> Mapping[str, str]:
+    """The libraries and the machine that made the report."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    devices = jax.local_devices()
+    found["devices"] = f"{len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores"
+    return found
