@@ -1,0 +1,253 @@
+"""Checkpoints of a meta-training run: Orbax for the arrays and the commit, an own digest for the trust.
+
+Orbax keeps no checksum of its array files, so each step carries a SHA-256 over every leaf (path, dtype,
+shape, bytes) and over the record beside them. The state is stored flat, ``{path: numpy array}``: names,
+shapes and dtypes can then be compared before a byte of array data is read, and optax's named tuples come
+back as what they were, because the tree is the running program's, never the file's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from celo_nnx.errors import UserError
+
+FORMAT = "celo_nnx.run/1"
+Record = dict[str, Any]
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by path, keys joined by ``/``.
+
+    Example:
+      >>> flatten({"a": [1, {"b": 2}]})
+      {'a/0': 1, 'a/1/b': 2}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def to_host(state: Any) -> dict[str, np.ndarray]:
+    """Copies a state to numpy arrays by path; a PRNG key becomes its key data."""
+    flat = {k: jax.random.key_data(v) if _is_key(v) else v for k, v in flatten(state).items()}
+    return {k: np.asarray(v) for k, v in jax.device_get(flat).items()}
+
+
+def digest(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 over a JSON record and all arrays, independent of their order.
+
+    Args:
+      arrays: arrays by path.
+      record: JSON values kept beside them.
+
+    Returns:
+      The digest, 64 hexadecimal digits.
+    """
+    total = hashlib.sha256(canonical(record).encode())
+    for path in sorted(arrays):
+        array = np.ascontiguousarray(arrays[path])
+        head = json.dumps([path, array.dtype.name, list(np.shape(arrays[path]))])
+        total.update(hashlib.sha256(head.encode()).digest())
+        total.update(hashlib.sha256(array.tobytes()).digest())
+    return total.hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """Returns JSON text that is equal exactly where the values are equal."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def save(directory: Path, step: int, state: Any, record: Record, keep: int = 2) -> None:
+    """Writes one step and waits until it is on disk; the commit is one rename, so it is there or not.
+
+    Args:
+      directory: the folder of all steps.
+      step: meta-iterations done.
+      state: pytree of arrays and typed PRNG keys.
+      record: JSON values kept beside the arrays: the resolved config, versions, devices.
+      keep: how many of the newest steps stay.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    training = ocp.training
+    arrays = to_host(state)
+    metadata = {"format": FORMAT, "record": record, "digest": digest(arrays, record)}
+    with training.Checkpointer(
+        directory.absolute(),
+        # Orbax's default policy skips a save while another one runs.
+        save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=training.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    ) as checkpointer:
+        # An array without elements cannot be written; it has nothing to restore but its shape.
+        stored = {k: v for k, v in arrays.items() if v.size}
+        checkpointer.save_checkpointables(step, {"state": stored}, custom_metadata=metadata)
+
+
+def steps(directory: Path) -> list[int]:
+    """Returns the committed steps, oldest first; Orbax names unfinished ones differently."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
+
+
+def load(directory: Path, like: Any) -> tuple[int, Any, Record] | None:
+    """Reads the newest step, checked leaf by leaf and against its digest.
+
+    Args:
+      directory: the folder of all steps.
+      like: a state with the tree, shapes, dtypes and placement that are wanted.
+
+    Returns:
+      (step, state placed as ``like``, record), or None where there is no step.
+
+    Raises:
+      UserError: the newest step is not intact or not of this program. Nothing is changed: going back to
+        an older step loses work, so the user decides, and is told how.
+    """
+    found = steps(directory)
+    if not found:
+        return None
+    try:
+        state, record = load_step(directory, found[-1], like)
+    except UserError as error:
+        older = next((s for s in reversed(found[:-1]) if _intact(directory, s, like)), None)
+        bad = directory / str(found[-1])
+        way = (
+            f"remove {bad} to go on from step {older}, which is intact"
+            if older is not None
+            else "no older step is intact: start a new run folder"
+        )
+        raise UserError(f"{error}; nothing was changed; {way}") from error
+    return found[-1], state, record
+
+
+def _intact(directory: Path, step: int, like: Any) -> bool:
+    try:
+        load_step(directory, step, like)
+    except UserError:
+        return False
+    return True
+
+
+def load_step(directory: Path, step: int, like: Any) -> tuple[Any, Record]:
+    """Reads and checks one step.
+
+    Returns:
+      (state placed as ``like``, record).
+
+    Raises:
+      UserError: truncated, altered, foreign, or of another tree, shape or dtype.
+    """
+    path = directory / str(step)
+    record, expected = _metadata(path, flatten(like))
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        with _quiet():
+            stored = ocp.load_checkpointables(path.absolute())["state"]
+    except Exception as error:  # Orbax and TensorStore raise many kinds; each means the files are not whole.
+        raise UserError(f"checkpoint {path} cannot be read ({_reason(error)})") from error
+    arrays = {}
+    for name, leaf in flatten(like).items():
+        shape, dtype = _shape_dtype(leaf)
+        arrays[name] = np.asarray(stored[name]) if math.prod(shape) else np.zeros(shape, dtype)
+    if digest(arrays, record) != expected:
+        raise UserError(f"checkpoint {path} is damaged: its contents do not match its digest")
+    leaves = [_place(arrays[name], leaf) for name, leaf in flatten(like).items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), record
+
+
+def _metadata(path: Path, like: dict[str, Any]) -> tuple[Record, str]:
+    """Reads a step's record and compares names, shapes and dtypes, before any array is read."""
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        with _quiet():
+            metadata = ocp.checkpointables_metadata(path.absolute())
+        custom, stored = metadata.custom_metadata, metadata.metadata["state"]
+        stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in stored.items()}
+    except Exception as error:  # as above
+        raise UserError(f"checkpoint {path} cannot be read ({_reason(error)})") from error
+    known = isinstance(custom, dict) and custom.get("format") == FORMAT
+    if not known or not isinstance(custom.get("record"), dict) or not isinstance(custom.get("digest"), str):
+        raise UserError(f"checkpoint {path} is not one of celo-nnx (no {FORMAT!r} record)")
+    wanted = {k: _shape_dtype(v) for k, v in like.items()}
+    wanted = {k: v for k, v in wanted.items() if math.prod(v[0])}
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise UserError(f"checkpoint {path} lacks {missing[0]!r} ({len(missing)} missing)")
+    if extra := sorted(stored.keys() - wanted.keys()):
+        raise UserError(f"checkpoint {path} has the unknown leaf {extra[0]!r} ({len(extra)} unknown)")
+    for name, (shape, dtype) in wanted.items():
+        if stored[name] != (shape, dtype):
+            found = f"{stored[name][1]}{list(stored[name][0])}"
+            raise UserError(f"checkpoint {path}: {name!r} is {found}, expected {dtype}{list(shape)}")
+    return custom["record"], custom["digest"]
+
+
+def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return tuple(np.shape(leaf)), np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+def _place(array: np.ndarray, like: Any) -> Any:
+    """Puts one leaf where the running program's is; an uncommitted one stays uncommitted, since jit
+    compiles once more for the other kind."""
+    if not isinstance(like, jax.Array):
+        return array
+    if _is_key(like):
+        value = jax.random.wrap_key_data(array, impl=str(jax.random.key_impl(like)))
+    else:
+        value = jax.numpy.asarray(array)
+    return jax.device_put(value, like.sharding) if like.committed else value
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost cause: Orbax wraps the one that says something."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what Orbax prints about a damaged file off the terminal: the raised error says it in one line.
+
+    When one array cannot be read, Orbax closes its event loop while the reads of the others are under way;
+    each of those then reports "Event loop is closed" through the unraisable hook, a moment later.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def swallow(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = swallow
+    try:
+        yield
+    except Exception:
+        time.sleep(0.1)
+        raise
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
