@@ -1,26 +1,29 @@
-"""The plain twin: Celo2 and its meta-training loop a second time, as published code works, without tricks.
+"""The plain twin: Celo2 a second time, as published code works, without tricks.
 
 It shares no code with ``celo_nnx.components`` and ``celo_nnx.optimizer``: tests compare the two, and
 ``bench --peer naive`` measures against it. Features of a tensor are stacked to ``[*S, 30]`` and go through
-the MLP by matrix products; the loop runs families one after the other, five dispatches of ten inner steps
-each, positive and negative perturbations in turn, batches gathered on the host.
+the MLP by matrix products. :mod:`celo_nnx.naive_meta` is the meta-training loop in the same manner.
 
-Sources: OPTIMIZERS sections 1, 4 and 5 (equation numbers below); META_TRAINING sections 1 to 6.
+Sources: OPTIMIZERS sections 1, 4 and 5; the equation numbers are theirs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
-from celo_nnx.interfaces import Array, Family, PyTree, Task
+from celo_nnx.errors import unknown
+from celo_nnx.interfaces import Array, Family, PyTree
+
+if TYPE_CHECKING:
+    from celo_nnx.naive_meta import NaiveTrainer
 
 GROUPS = (
     "gradient",
@@ -105,6 +108,11 @@ def _srs(x: Array) -> Array:
     return 1.0 / jnp.sqrt(jnp.maximum(x, 1e-9))
 
 
+def _over(vector: Any, like: Array) -> Array:
+    """Gives a bank's vector ``[k]`` the rank of ``like``, whose last axis is the bank's."""
+    return jnp.reshape(jnp.asarray(vector, jnp.float32), (1,) * (like.ndim - 1) + (-1,))
+
+
 def _matrix_axes(rank: int) -> tuple[int, ...]:
     """The last two tensor axes of an array with a trailing bank axis, or the only one."""
     return (0,) if rank == 1 else (rank - 2, rank - 1)
@@ -119,12 +127,15 @@ def factored_statistics(v: dict[str, Array], axes: tuple[int, int]) -> tuple[Arr
     return _srs(row / (mean + 1e-9)), _srs(column)
 
 
-def accumulate_factored(v: dict[str, Array], g: Array, decays: Array, axes: tuple[int, int] | None) -> dict:
+def accumulate_factored(
+    v: dict[str, Array], g: Array, decays: tuple[float, ...], axes: tuple[int, int] | None
+) -> dict[str, Array]:
     """Updates the factored second moment (OPTIMIZERS 1.5); ``g: [*S]``, bank axis last in the state."""
     q = g * g + 1e-30
 
     def mix(old: Array, new: Array) -> Array:
-        return decays * old + (1.0 - decays) * new[..., None]
+        d = jnp.clip(_over(decays, old), 0.0, 1.0)
+        return d * old + (1.0 - d) * new[..., None]
 
     if axes is None:
         return {"diagonal": mix(v["diagonal"], q)}
@@ -243,10 +254,9 @@ class NaiveCelo2:
 
     def _accumulate(self, g: Array, old: dict, axes: tuple[int, int] | None) -> tuple[dict[str, Any], Array]:
         """Returns the new accumulators and the preconditioned gradient of equations A1 and A2."""
-        d, c, f = (np.asarray(decays, np.float32) for decays in (self.momentum, self.rms, self.factored))
-        c, f = np.clip(c, 0, 1), np.clip(f, 0, 1)
-        v = accumulate_factored(old["factored"], g, f, axes)
+        v = accumulate_factored(old["factored"], g, self.factored, axes)
         g = g[..., None]
+        d, c = _over(self.momentum, g), jnp.clip(_over(self.rms, g), 0.0, 1.0)
         new = {"m": d * old["m"] + (1 - d) * g, "rms": c * old["rms"] + (1 - c) * g * g, "factored": v}
         if axes is None:
             return new, g * _srs(v["diagonal"] + 1e-9)
@@ -257,7 +267,7 @@ class NaiveCelo2:
         s = (count + 1).astype(jnp.float32)
 
         def correct(x: Array, decays: tuple[float, ...]) -> Array:
-            return x / (1 - np.asarray(decays, np.float32) ** s)
+            return x / (1 - _over(decays, x) ** s)
 
         factored = {
             k: x if k == "diagonal" else correct(x, self.factored) for k, x in new["factored"].items()
@@ -306,7 +316,53 @@ class NaiveCelo2:
             x = x * _rs(1e-9 + mean_square)
         activation = {"relu": jax.nn.relu, "tanh": jnp.tanh}[self.switches.activation]
         first = jnp.concatenate([weights["w0"][name] for name in groups], axis=0)
-        h = jnp.matmul(x, first, precision="highest") + weights["b0"]
+        h = jnp.matmul(x, first, precision="highest")
+        h = h + _over(weights["b0"], h)
         for layer in range(1, sum(name.startswith("w") for name in weights)):
-            h = jnp.matmul(activation(h), weights[f"w{layer}"], precision="highest") + weights[f"b{layer}"]
+            h = jnp.matmul(activation(h), weights[f"w{layer}"], precision="highest")
+            h = h + _over(weights[f"b{layer}"], h)
         return h[..., 0], h[..., 1]
+
+
+def from_config(config: ConfigDict) -> NaiveCelo2:
+    """Returns the twin of a config's section ``optimizer``, without theta; for the presets of Celo2.
+
+    Only what the presets differ in is read: decays, orthogonalization, routing, rates.
+
+    Raises:
+      UserError: a routing that the twin does not have.
+    """
+    routing, adam = config.routing, config.routes.get("adam", {})
+    names = ("multiplier", "b1", "b2", "eps")
+    known = {("adam_multiplier" if n == "multiplier" else n): adam[n] for n in names if n in adam}
+
+    def by_pattern(path: str, shape: tuple[int, ...]) -> str:
+        return "adam" if re.search(routing.get("pattern", "/b$"), path) else "learned"
+
+    def by_rank(path: str, shape: tuple[int, ...]) -> str:
+        # Biases, scales and embeddings by rank: enough for the tasks that meta-training has.
+        return "adam" if len(shape) < 2 else "learned"
+
+    routes = {"single": everything_learned, "regex": by_pattern, "celo2": by_rank}
+    if routing.kind not in routes:
+        raise unknown("routing of the plain twin", routing.kind, routes)
+    return NaiveCelo2(
+        None,
+        orthogonalize=config.orthogonalization.kind != "identity",
+        learning_rate=config.schedule.get("value", 1e-3),
+        weight_decay=config.weight_decay,
+        momentum=tuple(config.accumulators.momentum.decays),
+        rms=tuple(config.accumulators.second_moment.decays),
+        factored=tuple(config.accumulators.factored.decays),
+        route=routes[routing.kind],
+        **known,
+    )
+
+
+def naive_trainer(
+    config: ConfigDict, families: list[Family], theta: PyTree, optimizer: NaiveCelo2 | None = None
+) -> NaiveTrainer:
+    """Returns the published loop for a config: ``.init(key)`` makes a state, a call does one iteration."""
+    from celo_nnx.naive_meta import NaiveTrainer  # which imports this module
+
+    return NaiveTrainer(config, families, theta, optimizer)
