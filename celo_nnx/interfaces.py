@@ -133,6 +133,55 @@ class Normalization(Part):
         raise NotImplementedError
 
 
+class UpdateRule(Part):
+    """Maps the planes of a tensor to a direction and a log-magnitude; where the learning happens.
+
+    Built with ``widths`` (planes of each feature group) and ``key`` besides its config.
+    """
+
+    def first_layer(self, groups: tuple[str, ...]) -> Array:
+        """Returns the weights ``[planes, H]`` that multiply the normalized planes of these groups."""
+        raise NotImplementedError
+
+    def __call__(self, planes: list[Array], weights: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Maps raw planes to (direction, log-magnitude), both of ``shape``.
+
+        ``weights`` ``[planes, H, *b]`` is the first layer with the normalization folded in.
+        """
+        raise NotImplementedError
+
+    def hand_made(self, **options: Any) -> PyTree:
+        """Returns a theta of this rule that expresses a known optimizer exactly."""
+        raise NotImplementedError
+
+
+class StepHead(Part):
+    """Turns direction and log-magnitude into a step."""
+
+    def __call__(self, direction: Array, magnitude: Array, param: Array, spec: TensorSpec) -> Array:
+        """Returns the step, to be subtracted, before orthogonalization and output normalization."""
+        raise NotImplementedError
+
+
+class RouteRule(Part):
+    """A hand-made rule for the tensors of a route; works on a flat dict from path to tensor.
+
+    ``multiplier`` scales the learning rate for these tensors.
+    """
+
+    multiplier: float = 1.0
+
+    def init(self, params: dict[str, Array]) -> PyTree:
+        """Returns the state at the start."""
+        raise NotImplementedError
+
+    def update(
+        self, grads: dict[str, Array], state: PyTree, params: dict[str, Array], count: Array
+    ) -> tuple[dict[str, Array], PyTree]:
+        """Returns (steps to be subtracted, before the learning rate; next state)."""
+        raise NotImplementedError
+
+
 class Orthogonalization(Part):
     """Maps a step to one with orthogonal rows or columns, over ``spec.matrix``, batched over the rest."""
 

@@ -1,0 +1,309 @@
+"""From config to parts: looks names up in the tables of :mod:`celo_nnx.components` and in entry points."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from celo_nnx.components.accumulators import ACCUMULATORS
+from celo_nnx.components.features import FEATURES
+from celo_nnx.components.normalization import NORMALIZATIONS
+from celo_nnx.components.orthogonalization import ORTHOGONALIZATIONS
+from celo_nnx.components.routing import ROUTINGS
+from celo_nnx.components.schedules import SCHEDULES
+from celo_nnx.components.update_rules import ROUTE_RULES, STEPS, UPDATE_RULES
+from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.optimizer import LearnedOptimizer, Tensors, tensor_paths
+
+ENTRY_POINTS = "celo_nnx.components"  # an entry point is named KIND.NAME, "features.sign_gradient" say
+
+TABLES: dict[str, Mapping[str, type]] = {
+    "accumulators": ACCUMULATORS,
+    "features": FEATURES,
+    "normalization": NORMALIZATIONS,
+    "update_rules": UPDATE_RULES,
+    "steps": STEPS,
+    "orthogonalization": ORTHOGONALIZATIONS,
+    "schedules": SCHEDULES,
+    "routing": ROUTINGS,
+    "route_rules": ROUTE_RULES,
+}
+
+# section of config.optimizer -> table; accumulators and routes hold one section for each name
+SLOTS = {
+    "normalization": "normalization",
+    "update_rule": "update_rules",
+    "step": "steps",
+    "orthogonalization": "orthogonalization",
+    "output_normalization": "normalization",
+    "schedule": "schedules",
+    "routing": "routing",
+}
+GROUPS = {"accumulators": "accumulators", "routes": "route_rules"}
+SCALARS = ("gradient_clip", "weight_decay")
+
+
+def find(kind: str, name: str) -> type:
+    """Returns the part called ``name`` of a kind: from its table, else from an installed entry point.
+
+    Raises:
+      UserError: no such part; the message lists the known ones and the nearest.
+    """
+    if name in TABLES[kind]:
+        return TABLES[kind][name]
+    found = {p.name: p for p in metadata.entry_points(group=ENTRY_POINTS)}
+    if f"{kind}.{name}" in found:
+        return found[f"{kind}.{name}"].load()
+    others = [n.removeprefix(f"{kind}.") for n in found if n.startswith(f"{kind}.")]
+    raise unknown(f"part of kind {kind!r},", name, [*TABLES[kind], *others])
+
+
+def parameters(part: type) -> dict[str, Any]:
+    """Returns a part's config keys with their defaults: the keyword arguments of its constructor."""
+    given = {"widths", "key"}  # what build passes to an update rule
+    signature = inspect.signature(part.__init__).parameters.values()
+    return {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY and p.name not in given}
+
+
+def list_parts() -> dict[str, dict[str, str]]:
+    """Returns ``{kind: {name: first line of its docstring}}``, installed entry points included."""
+    out = {kind: {n: _summary(part) for n, part in table.items()} for kind, table in TABLES.items()}
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        kind, _, name = point.name.partition(".")
+        if kind in out:
+            out[kind][name] = f"(from {point.value})"
+    return out
+
+
+def _summary(part: type) -> str:
+    return (inspect.getdoc(part) or "").split("\n")[0]
+
+
+def _section(kind: str, section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a part's section with every default filled in; refuses unknown keys."""
+    if "kind" not in section:
+        raise UserError(f"{where} has no key 'kind'; known kinds: {', '.join(sorted(TABLES[kind]))}")
+    known = parameters(find(kind, section["kind"]))
+    for key in section:
+        if key != "kind" and key not in known:
+            raise unknown(f"key of {where} ({section['kind']}),", key, known)
+    return {"kind": section["kind"], **known, **{k: v for k, v in section.items() if k != "kind"}}
+
+
+def resolve(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``config.optimizer`` with every default of every part spelt out.
+
+    Raises:
+      UserError: a missing or unknown section, an unknown part or key.
+    """
+    known = (*GROUPS, "features", *SLOTS, "tensors", *SCALARS)
+    for key in optimizer:
+        if key not in known:
+            raise unknown("key of optimizer,", key, known)
+    for key in known:
+        if key not in optimizer:
+            raise UserError(f"optimizer has no section {key!r}")
+    out: dict[str, Any] = {key: optimizer[key] for key in SCALARS}
+    for group, kind in GROUPS.items():
+        sections = optimizer[group].items()
+        out[group] = {n: _section(kind, s, f"optimizer.{group}.{n}") for n, s in sections}
+    for slot, kind in SLOTS.items():
+        out[slot] = _section(kind, optimizer[slot], f"optimizer.{slot}")
+    features = optimizer["features"]
+    for key in features:
+        if key not in ("groups", "options"):
+            raise unknown("key of optimizer.features,", key, ("groups", "options"))
+    groups, options = tuple(features["groups"]), dict(features.get("options", {}))
+    require(len(groups) > 0 and len(set(groups)) == len(groups), "features.groups", groups, "distinct names")
+    filled = {}
+    for name in groups:
+        section = {"kind": name, **dict(options.pop(name, {}))}
+        section = _section("features", section, f"optimizer.features.options.{name}")
+        filled[name] = {k: v for k, v in section.items() if k != "kind"}
+    for name in options:
+        find("features", name)  # options of a group that is left out are kept: an ablation may drop a group
+    out["features"] = {"groups": groups, "options": {n: v for n, v in filled.items() if v}}
+    tensors = dict(optimizer["tensors"])
+    for key in tensors:
+        if key not in ("matrix", "factored"):
+            raise unknown("key of optimizer.tensors,", key, ("matrix", "factored"))
+    require(
+        tensors.get("matrix", "last_two") == "last_two", "tensors.matrix", tensors.get("matrix"), "'last_two'"
+    )
+    out["tensors"] = {"matrix": "last_two", "factored": tuple(tensors.get("factored", ()))}
+    return out
+
+
+def _part(kind: str, section: Mapping[str, Any], where: str, **context: Any) -> Any:
+    """Builds one part; an error in a value is told with the section's place."""
+    part = find(kind, section["kind"])
+    arguments = {k: v for k, v in section.items() if k != "kind"}
+    try:
+        return part(**arguments, **context)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def build(
+    optimizer: ConfigDict | Mapping[str, Any],
+    key: jax.Array | None = None,
+    theta_init: Mapping[str, Any] | None = None,
+) -> LearnedOptimizer:
+    """Builds a learned optimizer from ``config.optimizer``.
+
+    Args:
+      optimizer: the config's section.
+      key: typed PRNG key for a random theta and for noise; ``jax.random.key(0)`` by default.
+      theta_init: the config's section of that name; random as published by default. See :func:`start`.
+
+    Returns:
+      The composed optimizer with its theta.
+
+    Raises:
+      UserError: an unknown part or key, or a value out of range, named with its place.
+
+    Example:
+      >>> from celo_nnx.config import load
+      >>> opt = build(load("celo2").optimizer)
+      >>> sum(x.size for x in jax.tree.leaves(opt.theta))
+      347
+    """
+    raw = optimizer.to_dict() if isinstance(optimizer, ConfigDict) else dict(optimizer)
+    config = resolve(raw)
+    key = jax.random.key(0) if key is None else key
+    accumulators = {
+        n: _part("accumulators", s, f"optimizer.accumulators.{n}") for n, s in config["accumulators"].items()
+    }
+    features = {
+        n: _part(
+            "features",
+            {"kind": n, **config["features"]["options"].get(n, {})},
+            f"optimizer.features.options.{n}",
+        )
+        for n in config["features"]["groups"]
+    }
+    banks = {n: getattr(a, "size", 1) for n, a in accumulators.items()}
+    try:
+        widths = {n: f.width(banks) for n, f in features.items()}
+    except KeyError as error:
+        raise UserError(f"optimizer.accumulators lacks {error}, which a feature group needs") from None
+    parts = {
+        slot: _part(kind, config[slot], f"optimizer.{slot}")
+        for slot, kind in SLOTS.items()
+        if slot != "update_rule"
+    }
+    rule = _part(
+        "update_rules",
+        config["update_rule"],
+        "optimizer.update_rule",
+        widths=widths,
+        key=jax.random.fold_in(key, 0),
+    )
+    made = LearnedOptimizer(
+        accumulators=accumulators,
+        features=features,
+        update_rule=rule,
+        routes={n: _part("route_rules", s, f"optimizer.routes.{n}") for n, s in config["routes"].items()},
+        tensors=Tensors(**config["tensors"]),
+        gradient_clip=config["gradient_clip"],
+        weight_decay=config["weight_decay"],
+        **parts,
+    )
+    return start(made, theta_init or {"kind": "random"}, jax.random.fold_in(key, 1))
+
+
+def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.Array) -> LearnedOptimizer:
+    """Gives an optimizer the theta that meta-training starts from.
+
+    Args:
+      optimizer: with the random theta that :func:`build` drew.
+      theta_init: ``kind``: ``"random"`` keeps it; ``"hand_made"`` takes the update rule's hand-made theta
+        (``feature``, ``channel``); ``"file"`` reads ``path``, a theta file or a run folder. ``noise``: standard
+        deviation of Gaussian noise added to every meta-parameter.
+      key: draws the noise.
+
+    Raises:
+      UserError: an unknown kind, a noise below 0, or a file that does not fit.
+    """
+    kind, noise = theta_init.get("kind", "random"), float(theta_init.get("noise", 0.0))
+    require(noise >= 0, "theta_init.noise", noise, "a number of at least 0")
+    if kind == "hand_made":
+        options = {k: theta_init[k] for k in ("feature", "channel") if k in theta_init}
+        optimizer = optimizer.with_theta({"update_rule": optimizer.update_rule.hand_made(**options)})
+    elif kind == "file":
+        from celo_nnx.theta_io import load_theta
+
+        optimizer = optimizer.with_theta(load_theta(theta_init["path"], like=optimizer.theta))
+    elif kind != "random":
+        raise unknown("theta_init.kind", kind, ("random", "hand_made", "file"))
+    if noise == 0:
+        return optimizer
+    leaves, tree = jax.tree.flatten(optimizer.theta)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [x + noise * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return optimizer.with_theta(jax.tree.unflatten(tree, noisy))
+
+
+def describe(optimizer: LearnedOptimizer) -> str:
+    """Returns a table of the parts with their settings, theta's shapes and state bytes a parameter.
+
+    The bytes are measured on a 1024 x 1024 tensor of each route.
+    """
+    lines = ["part                     kind                 settings"]
+
+    def row(slot: str, part: Any) -> None:
+        skip = ("b0", "w0")
+        settings = {
+            k: v for k, v in vars(part).items() if not k.startswith("_") and k not in skip and _plain(v)
+        }
+        text = ", ".join(f"{k}={v}" for k, v in settings.items())
+        lines.append(f"{slot:<24} {type(part).__name__:<20} {text}".rstrip())
+
+    for name, part in optimizer.accumulators.items():
+        row(f"accumulators.{name}", part)
+    for name in optimizer.feature_order:
+        row(f"features.{name}", optimizer.features[name])
+    for slot in SLOTS:
+        row(slot, getattr(optimizer, slot))
+    for name, part in optimizer.routes.items():
+        row(f"routes.{name}", part)
+    lines += [
+        f"gradient_clip            {optimizer.gradient_clip}",
+        f"weight_decay             {optimizer.weight_decay}",
+    ]
+    theta = tensor_paths(optimizer.theta)
+    lines.append("")
+    lines += [f"theta  {path:<44} {tuple(leaf.shape)}" for path, leaf in theta]
+    lines.append(f"meta-parameters: {sum(leaf.size for _, leaf in theta)}")
+    return "\n".join([*lines, *_state_bytes(optimizer)])
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple)) and "object at" not in repr(value)
+
+
+def _state_bytes(optimizer: LearnedOptimizer) -> list[str]:
+    side = 1024
+    spec = optimizer.tensors.spec("w", (side, side))
+    param = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
+
+    def size(tree: Any) -> float:
+        return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) / side**2
+
+    learned = jax.eval_shape(lambda: {n: a.init(spec) for n, a in optimizer.accumulators.items()})
+    lines = [f"state of a learned {side} x {side} tensor: {size(learned):.2f} bytes a parameter"]
+    for name, rule in optimizer.routes.items():
+        lines.append(f"state on route {name}: {size(jax.eval_shape(rule.init, param)):.2f} bytes a parameter")
+    return lines
+
+
+__all__ = ["build", "describe", "find", "list_parts", "parameters", "resolve", "start"]

@@ -1,0 +1,275 @@
+"""Configs: the sections that presets share, loading a preset or a file, and overrides from the command line.
+
+A config is an ``ml_collections.ConfigDict`` with the sections ``seed``, ``optimizer``, ``theta_init``,
+``tasks``, ``meta`` and ``run``. Everything outside ``run`` defines the result. A config file that the
+user names is a Python program with ``get_config(argument)``; nothing else is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from celo_nnx.errors import UserError, unknown
+
+
+def meta_section() -> dict[str, Any]:
+    """The published meta-training (META_TRAINING section 0), unbiased where the published one is not."""
+    return dict(
+        estimator=dict(kind="pes", pairs=8, std=0.01, truncation=50, finished_step="exact"),
+        unroll=dict(kind="log_uniform", minimum=100, maximum=2000),
+        augmentation=dict(kind="reparametrization", level="global", low=1e-3, high=1e3),
+        optimizer=dict(kind="adamw", learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4),
+    )
+
+
+def run_section() -> dict[str, Any]:
+    """What does not define the result: budget, checkpoints, logging, devices. Seconds and counts."""
+    return dict(
+        iterations=100_000,
+        iterations_per_dispatch=10,
+        checkpoint_seconds=60.0,
+        keep=2,
+        data_dir="",
+        devices=0,
+        progress=True,
+        tensorboard=False,
+        wandb=False,
+    )
+
+
+def experiment(optimizer: Mapping[str, Any], tasks: str) -> ConfigDict:
+    """Returns a whole config around an optimizer variant.
+
+    Args:
+      optimizer: the section of that name: parts.
+      tasks: name of a task preset in ``celo_nnx.experiments``.
+    """
+    return ConfigDict(
+        dict(
+            seed=0,
+            optimizer=optimizer,
+            theta_init=dict(kind="random", noise=0.0, path=""),
+            tasks=_preset(tasks, "").to_dict(),
+            meta=meta_section(),
+            run=run_section(),
+        )
+    )
+
+
+def presets() -> dict[str, tuple[str, bool]]:
+    """Returns ``{name: (first line of its docstring, whether it is a whole config)}`` of the experiments."""
+    from celo_nnx import experiments
+
+    found = {}
+    for info in pkgutil.iter_modules(experiments.__path__):
+        module = importlib.import_module(f"celo_nnx.experiments.{info.name}")
+        if hasattr(module, "get_config"):
+            whole = bool(inspect.signature(module.get_config).parameters)
+            found[info.name] = ((module.__doc__ or "").split("\n")[0], whole)
+    return found
+
+
+def _preset(name: str, argument: str) -> ConfigDict:
+    """Runs ``get_config`` of a preset by name."""
+    known = presets()
+    if name not in known:
+        raise unknown("config", name, known)
+    module = importlib.import_module(f"celo_nnx.experiments.{name}")
+    return _get_config(module, argument, name)
+
+
+def _get_config(module: Any, argument: str, source: str) -> ConfigDict:
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config {source} has no function get_config")
+    takes = bool(inspect.signature(module.get_config).parameters)
+    if argument and not takes:
+        raise UserError(f"config {source} takes no argument, got {argument!r}")
+    config = module.get_config(argument) if argument else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config of {source} returned {type(config).__name__}, expected a ConfigDict")
+    return config
+
+
+def _from_source(source: str) -> ConfigDict:
+    """Returns the config of ``NAME[:ARGUMENT]`` or ``FILE.py[:ARGUMENT]``."""
+    name, _, argument = source.partition(":")
+    if not name.endswith(".py"):
+        return _preset(name, argument)
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"no config file {name}")
+    spec = importlib.util.spec_from_file_location(f"celo_nnx_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config file {name} failed: {type(error).__name__}: {error}") from None
+    return _get_config(module, argument, name)
+
+
+def _value(text: str, old: Any, key: str) -> Any:
+    """Parses an override as the type of the value it replaces."""
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    elif isinstance(old, tuple):
+        if isinstance(value, str):
+            value = tuple(part.strip() for part in value.split(",") if part.strip())
+        return value if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else (value,)
+    elif old is None or (isinstance(value, type(old)) and not isinstance(value, bool)):
+        return value
+    elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    raise UserError(f"{key} = {text!r}: expected {type(old).__name__}, as in {key}={old!r}")
+
+
+def _locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """Returns the section that holds a dotted key, and the key's last part."""
+    section, parts = config, key.split(".")
+    for i, part in enumerate(parts):
+        if not isinstance(section, ConfigDict) or part not in section:
+            where = ".".join(parts[:i])
+            names = list(section.keys()) if isinstance(section, ConfigDict) else []
+            raise unknown(f"config key{f' of {where},' if where else ''}", part, names)
+        if i < len(parts) - 1:
+            section = section[part]
+    return section, parts[-1]
+
+
+def _defaults(path: str, kind: str) -> dict[str, Any]:
+    """Returns the settings of a part that a ``kind`` override puts into a section outside ``optimizer``."""
+    from celo_nnx.meta import assemble
+
+    tables = {
+        "meta.estimator": assemble.ESTIMATORS,
+        "meta.unroll": assemble.TRUNCATIONS,
+        "meta.augmentation": assemble.AUGMENTATIONS,
+        "meta.optimizer": assemble.META_OPTIMIZERS,
+    }
+    table = tables.get(path, {})
+    if kind not in table:
+        raise unknown(f"{path}.kind", kind, table)
+    simple = (bool, int, float, str, tuple)
+    found = inspect.signature(table[kind]).parameters.values()
+    return {p.name: p.default for p in found if isinstance(p.default, simple) and p.name != "devices"}
+
+
+def _is_part(key: str) -> bool:
+    sections = ("meta.estimator", "meta.unroll", "meta.augmentation", "meta.optimizer")
+    return key.endswith(".kind") and (key.startswith("optimizer.") or key.removesuffix(".kind") in sections)
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Returns a config with every default of the optimizer's parts spelt out, and locked.
+
+    Raises:
+      UserError: a missing section, an unknown part or key.
+    """
+    from celo_nnx import build
+
+    config = ConfigDict(config.to_dict())
+    for section in ("seed", "optimizer", "theta_init", "tasks", "meta", "run"):
+        if section not in config:
+            raise UserError(f"the config has no section {section!r}")
+    config.optimizer = ConfigDict(build.resolve(config.optimizer.to_dict()))
+    return config.lock()
+
+
+def load(source: str | ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
+    """Loads a config, applies overrides and resolves it.
+
+    Args:
+      source: ``NAME`` of a preset, ``FILE.py``, either with ``:ARGUMENT`` (the task preset of the built-in
+        variants, ``"celo2:fast_digits"``), or a config.
+      overrides: ``dotted.key=value``; a ``.kind`` override swaps a part and takes its defaults, whatever
+        the order in which overrides are given.
+
+    Returns:
+      The resolved config, locked.
+
+    Raises:
+      UserError: an unknown name or key (with the nearest), or a value of the wrong type.
+
+    Example:
+      >>> load("celo2", ["optimizer.orthogonalization.kind=identity"]).optimizer.orthogonalization.kind
+      'identity'
+    """
+    config = source if isinstance(source, ConfigDict) else _from_source(source)
+    if "optimizer" not in config:
+        raise UserError(f"{source} is a task preset; name a variant and its tasks: celo2:{source}")
+    config = resolve(config)
+    pairs = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r} is not of the form key=value")
+        pairs.append((key.strip(), text))
+    for swap in (True, False):
+        for key, text in pairs:
+            if _is_part(key) is not swap:
+                continue
+            section, last = _locate(config, key)
+            if swap:
+                _swap(config, key.removesuffix(".kind"), text)
+            elif isinstance(section[last], ConfigDict):
+                raise UserError(f"{key} is a section; set one of its keys: {', '.join(section[last].keys())}")
+            else:
+                section[last] = _value(text, section[last], key)
+        config = resolve(config)
+    return config
+
+
+def _swap(config: ConfigDict, path: str, kind: str) -> None:
+    """Replaces the section of a part by another kind's defaults."""
+    parent, last = _locate(config, path)
+    if parent[last].get("kind") == kind:
+        return
+    fresh = {} if path.startswith("optimizer.") else _defaults(path, kind)
+    with parent.unlocked():
+        del parent[last]
+        parent[last] = ConfigDict({"kind": kind, **fresh})
+
+
+def load_optimizer(
+    source: str = "celo2", overrides: Iterable[str] = (), *, weights: str | None = None
+) -> Any:
+    """Returns a ready-to-use optimizer.
+
+    Args:
+      source: as in :func:`load`.
+      overrides: as in :func:`load`.
+      weights: a theta file or a run folder of ``celo-nnx train``; by default the hand-made theta, which
+        makes ``celo2`` a Muon with exponential-average momentum.
+
+    Returns:
+      A :class:`celo_nnx.optimizer.LearnedOptimizer`; call ``.as_optax()`` on it.
+
+    Raises:
+      UserError: an unknown config, or weights that do not fit it.
+    """
+    from celo_nnx.build import build
+
+    start = {"kind": "file", "path": weights} if weights else {"kind": "hand_made"}
+    return build(load(source, overrides).optimizer, jax.random.key(0), start)
+
+
+load_config = load

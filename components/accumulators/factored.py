@@ -1,0 +1,85 @@
+"""The factored second moment of Adafactor, at several time scales."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from celo_nnx.components.accumulators.bank import Bank
+from celo_nnx.interfaces import TensorSpec
+from celo_nnx.planes import rsqrt_floored
+
+Array = jax.Array
+
+
+@struct.dataclass
+class FactoredReading:
+    """What features see of a factored second moment; every array has the bank axis ``k`` leading.
+
+    Attributes:
+      row: ``[k, *S]`` with size 1 on d0; None where the tensor is not factored, like the next three.
+      column: ``[k, *S]`` with size 1 on d1.
+      row_factor, column_factor: R and C of OPTIMIZERS (A1), shaped like ``row`` and ``column``.
+      diagonal: ``[k, *S]``, the unfactored average; None where the tensor is factored.
+    """
+
+    row: Array | None = None
+    column: Array | None = None
+    row_factor: Array | None = None
+    column_factor: Array | None = None
+    diagonal: Array | None = None
+
+    def preconditioner(self, k: int) -> Array:
+        """Returns the plane that multiplies a gradient: ``R_k C_k``, or ``srs(v_diag + 1e-9)``."""
+        if self.diagonal is not None:
+            return rsqrt_floored(self.diagonal[k] + 1e-9)
+        assert self.row_factor is not None and self.column_factor is not None
+        return self.row_factor[k] * self.column_factor[k]
+
+
+class Factored(Bank):
+    """Row and column means of ``q = g^2 + 1e-30``, averaged: ``v_row`` over d0, ``v_col`` over d1.
+
+    A tensor below rank 2 keeps the whole average instead. State: ``{"row", "column"}`` or
+    ``{"diagonal"}``; the reading is a :class:`FactoredReading` (OPTIMIZERS 1.5, A1 and A2).
+
+    Example:
+      >>> Factored(decays=(0.9,)).size
+      1
+    """
+
+    def __init__(self, *, decays: tuple[float, ...] = (0.9, 0.99, 0.999)) -> None:
+        super().__init__(decays=decays)
+
+    def _shape(self, spec: TensorSpec, reduced: int) -> tuple[int, ...]:
+        return (self.size, *(1 if a == reduced else s for a, s in enumerate(spec.shape)))
+
+    def init(self, spec: TensorSpec) -> dict[str, Array]:
+        if spec.factored is None:
+            return {"diagonal": jnp.zeros((self.size, *spec.shape), jnp.float32)}
+        d1, d0 = spec.factored
+        shapes = {"row": self._shape(spec, d0), "column": self._shape(spec, d1)}
+        return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+
+    def update(self, state: dict[str, Array], grad: Array, spec: TensorSpec) -> dict[str, Array]:
+        square = grad * grad + 1e-30
+        if spec.factored is None:
+            return {"diagonal": self.mix(state["diagonal"], square)}
+        d1, d0 = spec.factored
+        return {
+            "row": self.mix(state["row"], jnp.mean(square, d0, keepdims=True)),
+            "column": self.mix(state["column"], jnp.mean(square, d1, keepdims=True)),
+        }
+
+    def read(self, state: dict[str, Array], spec: TensorSpec) -> FactoredReading:
+        if spec.factored is None:
+            return FactoredReading(diagonal=state["diagonal"])
+        row, column = state["row"], state["column"]
+        mean = jnp.mean(row, spec.factored[0] + 1, keepdims=True)
+        return FactoredReading(
+            row=row,
+            column=column,
+            row_factor=rsqrt_floored(row / (mean + 1e-9)),
+            column_factor=rsqrt_floored(column),
+        )

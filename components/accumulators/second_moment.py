@@ -1,0 +1,32 @@
+"""The average of the squared gradient, elementwise."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from celo_nnx.components.accumulators.bank import Bank
+from celo_nnx.interfaces import TensorSpec
+
+Array = jax.Array
+
+
+class SecondMoment(Bank):
+    """``v_k <- d_k v_k + (1 - d_k) g^2``. State and reading: ``[k, *S]`` (OPTIMIZERS 1.5, "rms").
+
+    Example:
+      >>> SecondMoment(decays=(0.95,)).size
+      1
+    """
+
+    def __init__(self, *, decays: tuple[float, ...] = (0.95,)) -> None:
+        super().__init__(decays=decays)
+
+    def init(self, spec: TensorSpec) -> Array:
+        return jnp.zeros((self.size, *spec.shape), jnp.float32)
+
+    def update(self, state: Array, grad: Array, spec: TensorSpec) -> Array:
+        return self.mix(state, grad * grad)
+
+    def read(self, state: Array, spec: TensorSpec) -> Array:
+        return state
