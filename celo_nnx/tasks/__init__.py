@@ -1,4 +1,8 @@
-"""Task families by kind, and the data sets that they know by name."""
+"""Task families by kind, and the data sets that they know by name.
+
+A new kind is a function ``(settings, data_dir) -> list[Family]`` and a line in :data:`TASKS`; a config file
+of the user's own, being a program, may add the line itself (:class:`ModuleTask` wraps an NNX model).
+"""
 
 from __future__ import annotations
 

@@ -231,9 +231,10 @@ def _cache_write(path: Path, arrays: Raw) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
             try:
                 np.savez(file, digest=np.array(digest(arrays)), **arrays)
-            except OSError:
+                file.flush()
+                os.replace(file.name, path)
+            except BaseException:  # an interrupt too: nothing half-written stays behind
                 os.unlink(file.name)
                 raise
-        os.replace(file.name, path)
     except OSError:
         pass

@@ -237,7 +237,16 @@ def test_a_cache_that_cannot_be_written_is_no_cache(folder: Path, monkeypatch: p
     blocker.write_text("")
     monkeypatch.setenv("CELO_NNX_CACHE", str(blocker / "below"))
     assert len(load("mine", folder).train_x) == 12
-    assert os.listdir(folder.parent) and blocker.read_text() == ""
+    assert blocker.read_text() == ""
+
+
+def test_a_cache_entry_that_cannot_be_replaced_leaves_nothing_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(folder / "mine.npz", **arrays())
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
+    assert len(load("mine", folder).train_x) == 12
+    assert os.listdir(folder.parent / "cache") == []
 
 
 def test_listing_names_files_too(folder: Path) -> None:

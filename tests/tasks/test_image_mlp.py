@@ -162,6 +162,11 @@ def test_a_wrong_section_is_one_clear_line(change: dict, words: str) -> None:
         build_families(fast_digits.get_config().to_dict() | change)
 
 
+def test_a_kind_is_one_function_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "mine", lambda settings, data_dir: [settings["width"], data_dir])
+    assert build_families({"kind": "mine", "width": 3}, data_dir="here") == [3, "here"]
+
+
 def test_a_missing_setting_is_named() -> None:
     config = fast_digits.get_config().to_dict()
     del config["batch_size"]
