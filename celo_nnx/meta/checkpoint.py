@@ -61,8 +61,8 @@ def digest(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
     """
     total = hashlib.sha256(canonical(record).encode())
     for path in sorted(arrays):
-        array = np.ascontiguousarray(arrays[path])
-        head = json.dumps([path, array.dtype.name, list(np.shape(arrays[path]))])
+        array = np.asarray(arrays[path], order="C")
+        head = json.dumps([path, array.dtype.name, list(array.shape)])
         total.update(hashlib.sha256(head.encode()).digest())
         total.update(hashlib.sha256(array.tobytes()).digest())
     return total.hexdigest()

@@ -1,0 +1,232 @@
+"""The command ``celo-nnx``: arguments in, one function call, lines out.
+
+Exit codes: 0 done (a run that was asked to stop and has saved is done too), 1 a replay is not within its
+tolerance, 2 a mistake of the user, told in one line, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from celo_nnx.errors import UserError, unknown
+
+# Nothing here imports JAX before a command runs: --help answers at once.
+
+
+def _list(args: argparse.Namespace) -> int:
+    from celo_nnx import listing
+
+    for what in [args.what] if args.what else listing.KINDS:
+        print(listing.lines(what))
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    import jax
+
+    from celo_nnx.build import build, describe
+    from celo_nnx.config import load
+
+    config = load(args.config, args.overrides)
+    print(describe(build(config.optimizer, key=jax.random.key(config.seed), theta_init=config.theta_init)))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from celo_nnx.training import stop_on_signals, train
+
+    with stop_on_signals() as stop:
+        from celo_nnx.config import load
+
+        result = train(load(args.config, args.overrides), args.run_dir, stop=stop)
+    row = {"run_dir": str(result.run_dir), "iteration": result.iteration, "finished": result.finished}
+    print(json.dumps(row | {"stopped_by": result.stopped_by, "seconds": round(result.seconds, 3)}))
+    if not result.finished:
+        print("stopped and saved; the same command goes on from here", file=sys.stderr)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from celo_nnx.replay import main as replay
+
+    return replay(args.files, args.tolerance)
+
+
+def _bench_meta(args: argparse.Namespace) -> int:
+    from celo_nnx import bench
+    from celo_nnx.config import load
+
+    for row in bench.meta(load(args.config, args.overrides), args.peer):
+        print(json.dumps(row), flush=True)
+    return 0
+
+
+def _bench_step(args: argparse.Namespace) -> int:
+    from celo_nnx import bench
+
+    for row in bench.step(args.optimizer, args.params):
+        print(json.dumps(row), flush=True)
+    return 0
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from celo_nnx.quickstart import run
+
+    run(args.out)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="celo-nnx",
+        description="Learned optimizers from interchangeable parts: assemble, meta-train, use.",
+        epilog="celo-nnx COMMAND --help shows a command's arguments with examples.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *examples: str, into: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub = into.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog="examples:\n" + "\n".join(f"  celo-nnx {line}" for line in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def config(sub: argparse.ArgumentParser) -> None:
+        text = "a variant (celo2), a variant and its tasks (celo2:fast_digits), or a path to a config file"
+        sub.add_argument("config", metavar="CONFIG", help=text)
+        text = "changes to it, such as meta.optimizer.learning_rate=3e-4"
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
+
+    sub = command("list", _list, "list what there is to choose from", "list", "list parts")
+    sub.add_argument("what", nargs="?", metavar="parts|variants|tasks|data", help="one kind only")
+
+    text = "show a variant's parts, shapes and number of meta-parameters"
+    sub = command(
+        "describe", _describe, text, "describe celo2", "describe celo2 optimizer.schedule.value=0.01"
+    )
+    config(sub)
+
+    sub = command(
+        "train",
+        _train,
+        "meta-train; the same command resumes. SIGTERM and Ctrl-C save and stop with exit code 0. "
+        "On resume only run.* may differ (more run.iterations extend a run)",
+        "train celo2:fast_digits run.iterations=500 --run-dir runs/a",
+        "train celo2:fast_digits run.iterations=1000 --run-dir runs/a    # extends it",
+    )
+    config(sub)
+    sub.add_argument("--run-dir", required=True, metavar="DIR", help="the run folder")
+
+    sub = command(
+        "replay",
+        _replay,
+        "replay recorded trajectories; one JSON line a file, exit code 1 if one is not within tolerance",
+        "replay golden/*.npz",
+        "replay golden/celo2_wd0.npz --tolerance 1e-6",
+    )
+    sub.add_argument("files", nargs="+", metavar="FILE", help="a recorded .npz or .json")
+    sub.add_argument("--tolerance", type=float, metavar="X", help="in place of each file's own")
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure meta-iterations and optimizer steps; one JSON line each",
+        epilog="celo-nnx bench meta --help and celo-nnx bench step --help show examples",
+    )
+    kinds = bench.add_subparsers(dest="kind", metavar="meta|step", required=True, parser_class=_Parser)
+    sub = command(
+        "meta",
+        _bench_meta,
+        "time a meta-iteration",
+        "bench meta celo2:fast_velo",
+        "bench meta celo2:fast_digits --peer naive",
+        into=kinds,
+    )
+    config(sub)
+    sub.add_argument(
+        "--peer", action="append", default=[], metavar="naive", help="also measure the plain twin"
+    )
+    sub = command(
+        "step",
+        _bench_step,
+        "time an optimizer step, beside optax.adamw and optax.contrib.muon",
+        "bench step --optimizer celo2_base --params 10000000",
+        into=kinds,
+    )
+    sub.add_argument("--optimizer", nargs="+", action="extend", default=[], metavar="NAME", help="variants")
+    sub.add_argument(
+        "--params", type=int, default=10_000_000, metavar="N", help="parameters (default 10 million)"
+    )
+
+    text = "the whole job on digits in a few minutes, with an HTML report"
+    sub = command("quickstart", _quickstart, text, "quickstart", "quickstart --out runs/first")
+    sub.add_argument("--out", metavar="DIR", help="a new folder (default runs/quickstart-N)")
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    if argv and not argv[0].startswith("-") and argv[0] not in commands:
+        raise unknown("command", argv[0], commands)
+    args, rest = parser.parse_known_args(argv)
+    # argparse does not take KEY=VALUE after an option; people write it there.
+    if rest and hasattr(args, "overrides"):
+        args.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        raise UserError(f"unknown argument {rest[0]!r} (see celo-nnx {args.command} --help)")
+    for text in getattr(args, "overrides", []):
+        if "=" not in text:
+            raise UserError(f"{text!r} is not of the form KEY=VALUE (see celo-nnx {args.command} --help)")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: arguments without the program's name; the process's own by default.
+
+    Returns:
+      The exit code.
+
+    Example:
+      >>> main(["frobnicate"])
+      2
+    """
+    try:
+        args = _parse(sys.argv[1:] if argv is None else list(argv))
+        return args.run(args)
+    except UserError as error:
+        print(f"celo-nnx: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("celo-nnx: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Theta as a ``.safetensors`` file: flat names joined by ``/``, a JSON header with config and digest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from celo_nnx.errors import UserError
+from celo_nnx.meta.checkpoint import digest, flatten
+
+FORMAT = "celo_nnx.theta/1"
+FILE_NAME = "theta.safetensors"
+
+
+def save_theta(path: str | os.PathLike[str], theta: Any, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes theta atomically: the file is the old one or the new one, whole.
+
+    Args:
+      path: the file to write.
+      theta: nested dict of arrays.
+      metadata: strings kept in the header, such as the config as JSON.
+
+    Example:
+      >>> import tempfile
+      >>> file = Path(tempfile.mkdtemp()) / "theta.safetensors"
+      >>> save_theta(file, {"mlp": {"b": np.zeros(2, np.float32)}})
+      >>> load_theta(file)["mlp"]["b"].tolist()
+      [0.0, 0.0]
+    """
+    from safetensors.numpy import save
+
+    path = Path(path)
+    arrays = {k: np.asarray(v, order="C") for k, v in flatten(jax.device_get(theta)).items()}
+    header = {**(metadata or {}), "format": FORMAT, "digest": digest(arrays, {})}
+    # The process id keeps two writers apart; a leftover of kill -9 is harmless and has another name.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(partial, "wb") as file:
+        file.write(save(arrays, metadata=header))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_theta(path: str | os.PathLike[str], like: Any = None) -> dict[str, Any]:
+    """Reads theta from a file or from a run folder.
+
+    Args:
+      path: a ``.safetensors`` file, or a run folder that holds ``theta.safetensors``.
+      like: theta of the optimizer that will use it; names, shapes and dtypes must agree.
+
+    Returns:
+      A pure nested dict of numpy arrays.
+
+    Raises:
+      UserError: missing, truncated, altered, foreign, or not the theta of that optimizer; one line.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"no theta at {path}: give a .safetensors file, or a run folder that holds {FILE_NAME}"
+        )
+    arrays = _read(path)
+    if like is not None:
+        _agree(path, arrays, flatten(like))
+    theta: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, last = name.split("/")
+        node = theta
+        for folder in folders:
+            node = node.setdefault(folder, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{path}: {name!r} lies below another leaf")
+        if last in node:
+            raise UserError(f"{path}: {name!r} is both a leaf and a folder")
+        node[last] = array
+    return theta
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Returns the header's strings (config, iteration, digest) of a theta file or run folder."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)})") from error
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)})") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a theta of celo-nnx (no {FORMAT!r} in its header)")
+    if metadata.get("digest") != digest(arrays, {}):
+        raise UserError(f"{path} is damaged: its contents do not match its digest")
+    return arrays
+
+
+def _agree(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> None:
+    if missing := sorted(like.keys() - arrays.keys()):
+        raise UserError(f"{path} lacks {missing[0]!r} ({len(missing)} missing): theta of another optimizer")
+    if extra := sorted(arrays.keys() - like.keys()):
+        raise UserError(f"{path} has unknown {extra[0]!r} ({len(extra)} unknown): theta of another optimizer")
+    for name, leaf in like.items():
+        found, wanted = arrays[name], (np.shape(leaf), np.dtype(leaf.dtype))
+        if (found.shape, found.dtype) != wanted:
+            raise UserError(
+                f"{path}: {name!r} is {found.dtype}{list(found.shape)}, "
+                f"the optimizer has {wanted[1]}{list(wanted[0])}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
