@@ -135,12 +135,17 @@ def run(out_dir: str | os.PathLike[str] | None = None, settings: Settings | None
     return _write(settings, folder, course, narrator)
 
 
+def train_command(settings: Settings, run_dir: Path) -> list[str]:
+    """The command line that starts meta-training, and that resumes it after any interruption."""
+    command = [sys.executable, "-m", "celo_nnx", "train", settings.config, *settings.overrides]
+    command += [f"run.iterations={settings.iterations}", "run.checkpoint_seconds=5.0", "run.progress=False"]
+    return [*command, "--run-dir", str(run_dir)]
+
+
 def meta_train(settings: Settings, folder: Path, narrator: Narrator) -> Course:
     """Runs the train command in a child, kills it half way with SIGKILL, and runs the same command again."""
     begin = narrator.seconds()
-    command = [sys.executable, "-m", "celo_nnx", "train", settings.config, *settings.overrides]
-    command += [f"run.iterations={settings.iterations}", "run.checkpoint_seconds=5.0", "run.progress=False"]
-    command += ["--run-dir", str(folder / "meta")]
+    command = train_command(settings, folder / "meta")
     narrator.say(f"meta-training: celo-nnx {' '.join(command[3:])}")
     log = _Log(folder / "meta" / "metrics.jsonl")
     label = f"of {settings.iterations}"
