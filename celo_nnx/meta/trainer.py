@@ -57,8 +57,8 @@ META_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adam
 class MetaTrainer:
     """Trains an optimizer's theta with a gradient estimator and an optax rule.
 
-    ``run(state, n)`` is one program for every ``n``, and all that is random in meta-iteration ``i`` comes from
-    ``fold_in(root key, i)``: however meta-iterations are split over calls, theta comes out bit-identical.
+    ``run(state, n)`` is one program for every ``n``, and all that is random in meta-iteration ``i`` comes
+    from ``fold_in(root key, i)``: however meta-iterations are split over calls, theta comes out bit-identical.
 
     Args:
       optimizer: the optimizer whose theta is where training starts.
@@ -112,13 +112,13 @@ class MetaTrainer:
         """Does ``n`` meta-iterations.
 
         Args:
-          state: from :meth:`init`, an earlier call, or a checkpoint; it is consumed (its buffers are donated).
+          state: from :meth:`init`, an earlier call, or a checkpoint; its buffers are consumed (donated).
           n: at most ``iterations_per_dispatch``.
 
         Returns:
-          (next state, metrics ``[iterations_per_dispatch, ...]`` of which the first ``n`` rows are valid): what
-          the estimator reports, ``gradient_norm``, ``theta_norm``, ``update_norm``. Nothing waits for the
-          device.
+          (next state, metrics ``[iterations_per_dispatch, ...]`` of which the first ``n`` rows are valid).
+          Metrics are the estimator's and ``gradient_norm``, ``theta_norm``, ``update_norm``. Nothing waits
+          for the device.
 
         Raises:
           UserError: unless ``0 <= n <= iterations_per_dispatch``.

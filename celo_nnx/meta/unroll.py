@@ -134,11 +134,16 @@ def partly_done(problems: Problems, keys: Array) -> Problems:
 
 
 def _train_step(
-    optimizer: Optimizer, task: Task, thetas: PyTree, problems: Problems, source: Source, keys: Array
+    optimizer: Optimizer,
+    task: Task,
+    thetas: PyTree,
+    problems: Problems,
+    source: Source,
+    draw_keys: Array,
+    loss_keys: Array,
 ) -> tuple[Problems, Array]:
     """Takes one training step of every pair; returns the next pairs and the raw losses ``[N, 2]``."""
-    keys = jax.vmap(jax.random.split)(keys)
-    batch = jax.vmap(task.draw, (None, 0, 0, 0))(source.arrays, keys[:, 0], source.start, source.count)
+    batch = jax.vmap(task.draw, (None, 0, 0, 0))(source.arrays, draw_keys, source.start, source.count)
 
     def one(
         theta: PyTree, params: PyTree, model: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree
@@ -152,7 +157,7 @@ def _train_step(
         return jax.tree.map(jnp.add, params, updates), model, state, loss
 
     params, model, state, loss = both(one, shared=3)(
-        thetas, problems.params, problems.model, problems.optimizer, keys[:, 1], batch, problems.sample
+        thetas, problems.params, problems.model, problems.optimizer, loss_keys, batch, problems.sample
     )
     step = problems.inner_step + 1
     done = ~problems.done & (step >= problems.length)
@@ -190,8 +195,10 @@ def unroll(
       The pairs after ``T`` steps, and what happened.
     """
     pairs = problems.length.shape[0]
-    step_keys, reset_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    draw_key, loss_key, reset_key = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     at = jax.vmap(jax.random.fold_in, (0, None))
+    # Keys of all steps at once: hashing a few numbers inside the loop costs a loop of its own each time.
+    draw_keys, loss_keys = (jax.vmap(at, (None, 0))(key, jnp.arange(steps)) for key in (draw_key, loss_key))
     record = Record(
         jnp.zeros((steps, pairs, 2), jnp.float32),
         jnp.zeros((steps, pairs), bool),
@@ -202,14 +209,14 @@ def unroll(
 
     def step(carry: Carry) -> Carry:
         t, _, problems, record = carry
-        moved, loss = _train_step(optimizer, task, thetas, problems, source, at(step_keys, t))
+        moved, loss = _train_step(optimizer, task, thetas, problems, source, draw_keys[t], loss_keys[t])
         row = Record(loss, moved.done, ~problems.done)
         record = jax.tree.map(lambda a, r: lax.dynamic_update_index_in_dim(a, r, t, 0), record, row)
         return t + 1, problems.done, moved, record
 
     def reset(carry: Carry) -> Carry:
         t, pending, problems, record = carry
-        new = fresh(optimizer, task, schedule, thetas, at(reset_keys, t))
+        new = fresh(optimizer, task, schedule, thetas, at(reset_key, t))
 
         def choose(a: Array, b: Array) -> Array:
             return jnp.where(pending.reshape((pairs,) + (1,) * (a.ndim - 1)), a, b)

@@ -62,7 +62,7 @@ def pes_terms(
     keep_total = (~ended[-1]).astype(jnp.float32)
     keep_new = ended[-1]
     if finished_step == "exact":
-        # A trajectory that ended with the last step leaves nothing: the next one begins in the next truncation.
+        # After an end with the last step the next trajectory has seen nothing yet: it begins afterwards.
         keep_new = keep_new & ~done[-1]
     keep_new = keep_new.astype(jnp.float32)
     carried = jax.tree.map(lambda a, v: _scaled(keep_total, a) + _scaled(keep_new, v), total, perturbation)
@@ -282,8 +282,8 @@ class PES:
             total = len(group.members) * self.pairs
             if total % devices:
                 raise UserError(
-                    f"devices = {devices} cannot share {total} antithetic pairs equally ({self.pairs} pairs for "
-                    f"each of {len(group.members)} families of one task): must divide {total}"
+                    f"devices = {devices} cannot share {total} antithetic pairs equally ({self.pairs} pairs "
+                    f"for each of {len(group.members)} families of one task): must divide {total}"
                 )
         auto = (jax.sharding.AxisType.Auto,)
         return jax.make_mesh((devices,), (AXIS,), axis_types=auto, devices=there[:devices])

@@ -1,0 +1,86 @@
+"""Inner problems small enough to compute by hand; as a program it meta-trains them on N devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from celo_nnx.interfaces import Family, Task
+from celo_nnx.meta.estimators.pes import PES
+from celo_nnx.meta.trainer import MetaTrainer, adamw
+from celo_nnx.meta.truncation import LogUniform
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic(Task):
+    """Loss ``(w - target)^2 / 2 + noise * x``, w from ``start``; batches are one number x of the data."""
+
+    start: float = 1.0
+    target: float = -0.5
+    noise: float = 0.0
+    spread: float = 0.0
+    bad_above: float = np.inf
+
+    def init(self, key: Any, sample: Any = ()) -> Any:
+        return {"w": jnp.float32(self.start) + self.spread * jax.random.normal(key)}, ()
+
+    def loss(self, params: Any, state: Any, key: Any, batch: Any, sample: Any = ()) -> Any:
+        loss = 0.5 * jnp.square(params["w"] - self.target) + self.noise * batch["x"] * params["w"]
+        return jnp.where(batch["x"] > self.bad_above, jnp.nan, loss), state, {}
+
+    def draw(self, data: Any, key: Any, start: Any, count: Any) -> Any:
+        index = start + jax.random.randint(key, (), 0, count)
+        return {"x": data["x"][index]}
+
+    def normalize(self, loss: Any) -> Any:
+        return jnp.nan_to_num(jnp.clip(loss, -50.0, 50.0), nan=50.0)
+
+
+class Drift:
+    """An optimizer whose steps are linear in theta: ``-rate g + rate theta``; the state counts its steps."""
+
+    def __init__(self, theta: Any = None, rate: float = 0.1) -> None:
+        self.theta = {"drift": jnp.zeros(())} if theta is None else theta
+        self.rate = rate
+
+    def with_theta(self, theta: Any) -> Drift:
+        return Drift(theta, self.rate)
+
+    def init(self, params: Any, num_steps: Any) -> Any:
+        return {"count": jnp.int32(0), "num_steps": jnp.asarray(num_steps, jnp.int32)}
+
+    def update(self, grads: Any, state: Any, params: Any, *, value: Any) -> Any:
+        updates = jax.tree.map(lambda g: -self.rate * g + self.rate * self.theta["drift"], grads)
+        return updates, {**state, "count": state["count"] + 1}
+
+
+def family(name: str = "a", task: Task | None = None, low: float = -1.0, high: float = 1.0) -> Family:
+    x = np.linspace(low, high, 11, dtype=np.float32)
+    return Family(name, Quadratic() if task is None else task, {"x": x}, {"x": x})
+
+
+def trainer(devices: int = 1, pairs: int = 4) -> MetaTrainer:
+    noisy = Quadratic(noise=0.3, spread=1.0)
+    families = [family("a", noisy), family("b", noisy, 0.0, 2.0), family("c", Quadratic(target=2.0))]
+    options = {"pairs": pairs, "std": 0.1, "truncation": 6, "unroll": LogUniform(minimum=3, maximum=20)}
+    estimator = PES(Drift(), families, devices=devices, **options)
+    return MetaTrainer(Drift(), estimator, adamw(learning_rate=0.01), iterations_per_dispatch=7)
+
+
+def main(devices: int, out: str) -> None:
+    jax.config.update("jax_num_cpu_devices", devices)
+    with_devices = trainer(devices)
+    state, metrics = with_devices.run(with_devices.init(jax.random.key(3)), 1)
+    again, _ = with_devices.run(state, 3)
+    row = {name: np.asarray(value)[0] for name, value in metrics.items()}
+    traces = with_devices.compiled_run._cache_size()
+    np.savez(out, drift=again["theta"]["drift"], iteration=again["iteration"], programs=traces, **row)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
