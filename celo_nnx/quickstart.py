@@ -151,45 +151,55 @@ def meta_train(settings: Settings, folder: Path, narrator: Narrator) -> Course:
     label = f"of {settings.iterations}"
 
     with _child(command, folder / "train.log") as child:
-        saved = folder / "meta" / "theta.safetensors"
+        saved, first = folder / "meta" / "theta.safetensors", float("inf")
         while child.poll() is None:
             log.read()
-            narrator.progress("compiling" if not log.records else f"meta-iteration {log.told()} {label}")
-            half = (
-                log.iteration >= settings.iterations / 2 or narrator.seconds() - begin > settings.seconds / 2
-            )
-            if half and log.records and saved.exists():
+            if log.records:
+                first = min(first, time.time())
+            narrator.progress(f"meta-iteration {log.told()} {label}" if log.records else "compiling")
+            late = narrator.seconds() - begin > settings.seconds / 2
+            # Theta is also saved at the very start; a later save means that there is progress to resume.
+            has_saved = saved.exists() and saved.stat().st_mtime > first
+            if (late or log.iteration >= settings.iterations / 2) and has_saved:
                 child.kill()
             time.sleep(POLL_SECONDS)
         _check(child.returncode, (0, -signal.SIGKILL), folder)
     log.read()
-    killed, events = log.iteration, ()
+    events = ()
     if child.returncode == -signal.SIGKILL:
+        killed = log.iteration
         narrator.say(f"killed with kill -9 at meta-iteration {killed}; starting the same command again")
-        resumed = killed
-        with _child(command, folder / "train.log") as child:
-            stopped = False
-            while child.poll() is None:
-                log.read()
-                if log.iteration < resumed:
-                    resumed = log.iteration
-                narrator.progress(f"resumed, meta-iteration {log.told()} {label}")
-                if narrator.seconds() - begin > settings.seconds and log.iteration > resumed and not stopped:
-                    child.send_signal(signal.SIGINT)
-                    stopped = True
-                time.sleep(POLL_SECONDS)
-            _check(child.returncode, (0, 128 + signal.SIGINT, -signal.SIGINT) if stopped else (0,), folder)
-        log.read()
+        resumed = _resume(command, settings, folder, log, narrator, begin)
         events = ((killed, f"kill -9 here; resumed by itself from iteration {resumed}"),)
-        narrator.say(f"it resumed by itself from its checkpoint at meta-iteration {resumed}")
-        if stopped:
-            narrator.say("stopped at the time limit with SIGINT: saved and ended cleanly")
     if not log.records:
-        raise UserError(
-            f"meta-training left no records in {log.path}; its output is in {folder / 'train.log'}"
-        )
-    narrator.say(f"meta-trained for {log.iteration} iterations; meta-loss {log.records[-1]['loss']:.3f}")
+        raise UserError(f"meta-training left no records: see {folder / 'train.log'}")
+    narrator.say(f"meta-trained: iteration {log.told()}")
     return Course(log.records, events, narrator.seconds() - begin)
+
+
+def _resume(
+    command: list[str], settings: Settings, folder: Path, log: _Log, narrator: Narrator, begin: float
+) -> int:
+    """Runs the command to its end or to the time limit; returns the iteration that it resumed from."""
+    resumed, told, stopped = log.iteration, False, False
+    with _child(command, folder / "train.log") as child:
+        while child.poll() is None:
+            log.read()
+            # The log is cut back to the checkpoint first; new records come after the compilation.
+            resumed = min(resumed, log.iteration)
+            if log.iteration > resumed and not told:
+                narrator.say(f"it resumed by itself from its checkpoint at meta-iteration {resumed}")
+                told = True
+            state = f"meta-iteration {log.told()} of {settings.iterations}" if told else "compiling again"
+            narrator.progress(state)
+            if told and not stopped and narrator.seconds() - begin > settings.seconds:
+                narrator.say("the time for meta-training is over: SIGINT, upon which it saves and ends")
+                child.send_signal(signal.SIGINT)
+                stopped = True
+            time.sleep(POLL_SECONDS)
+        _check(child.returncode, (0, 128 + signal.SIGINT, -signal.SIGINT) if stopped else (0,), folder)
+    log.read()
+    return resumed
 
 
 class _Log:
@@ -348,8 +358,7 @@ def _write(settings: Settings, folder: Path, course: Course, narrator: Narrator)
     begin = narrator.seconds()
     methods = compare(settings, config, folder / "meta", narrator)
     compared = narrator.seconds() - begin
-    widths = "-".join(str(width) for width in settings.hidden)
-    met = "-".join(str(width) for width in config.tasks.hidden)
+    widths, met = ("-".join(map(str, hidden)) or "none" for hidden in (settings.hidden, config.tasks.hidden))
     records = course.records
     losses = np.array([np.nan if r["loss"] is None else r["loss"] for r in records], np.float64)
     content = report.Report(
