@@ -69,7 +69,8 @@ def _bench_meta(args: argparse.Namespace) -> int:
 def _bench_step(args: argparse.Namespace) -> int:
     from celo_nnx import bench
 
-    for row in bench.step(args.optimizer, args.params):
+    named = {"names": args.optimizer} if args.optimizer else {}
+    for row in bench.step(**named, params=args.params):
         print(json.dumps(row), flush=True)
     return 0
 

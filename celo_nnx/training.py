@@ -156,8 +156,9 @@ def _run(
 ) -> TrainResult:
     """Loads the newest checkpoint, does what is left, and saves; the folder is locked."""
     options, folder = settings["run"], run_dir / "checkpoints"
-    state = work.trainer.init(_keys(settings["seed"])[1])
-    loaded = checkpoint.load(folder, state)
+    root = _keys(settings["seed"])[1]
+    # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
+    loaded = checkpoint.load(folder, jax.eval_shape(work.trainer.init, root))
     info = _environment(devices) | {"data": work.data}
     start = 0
     if loaded is not None:
@@ -185,6 +186,7 @@ def _run(
     with contextlib.closing(log):
         begin = time.monotonic()
         if loaded is None:
+            state = work.trainer.init(root)
             save(0, state)
         state, iteration, signum = _iterate(settings, work, state, start, log, save, stop)
         theta = jax.device_get(state["theta"])

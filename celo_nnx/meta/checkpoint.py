@@ -112,10 +112,10 @@ def load(directory: Path, like: Any) -> tuple[int, Any, Record] | None:
 
     Args:
       directory: the folder of all steps.
-      like: a state with the tree, shapes, dtypes and placement that are wanted.
+      like: a state, or its shapes, with the tree, shapes and dtypes that are wanted.
 
     Returns:
-      (step, state placed as ``like``, record), or None where there is no step.
+      (step, state as numpy arrays and typed keys, record), or None where there is no step.
 
     Raises:
       UserError: the newest step is not intact or not of this program. Nothing is changed: going back to
@@ -132,7 +132,7 @@ def load(directory: Path, like: Any) -> tuple[int, Any, Record] | None:
         way = (
             f"remove {bad} to go on from step {older}, which is intact"
             if older is not None
-            else "no older step is intact: start a new run folder"
+            else "no older step can be used: start a new run folder"
         )
         raise UserError(f"{error}; nothing was changed; {way}") from error
     return found[-1], state, record
@@ -150,7 +150,7 @@ def load_step(directory: Path, step: int, like: Any) -> tuple[Any, Record]:
     """Reads and checks one step.
 
     Returns:
-      (state placed as ``like``, record).
+      (state as numpy arrays and typed keys, record).
 
     Raises:
       UserError: truncated, altered, foreign, or of another tree, shape or dtype.
@@ -170,7 +170,7 @@ def load_step(directory: Path, step: int, like: Any) -> tuple[Any, Record]:
         arrays[name] = np.asarray(stored[name]) if math.prod(shape) else np.zeros(shape, dtype)
     if digest(arrays, record) != expected:
         raise UserError(f"checkpoint {path} is damaged: its contents do not match its digest")
-    leaves = [_place(arrays[name], leaf) for name, leaf in flatten(like).items()]
+    leaves = [_typed(arrays[name], leaf) for name, leaf in flatten(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), record
 
 
@@ -207,16 +207,13 @@ def _shape_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
     return tuple(np.shape(leaf)), np.dtype(jax.dtypes.canonicalize_dtype(leaf.dtype))
 
 
-def _place(array: np.ndarray, like: Any) -> Any:
-    """Puts one leaf where the running program's is; an uncommitted one stays uncommitted, since jit
-    compiles once more for the other kind."""
-    if not isinstance(like, jax.Array):
+def _typed(array: np.ndarray, like: Any) -> Any:
+    """A PRNG key again where one is wanted; the rest stays on the host, for the program to place."""
+    if not _is_key(like):
         return array
-    if _is_key(like):
-        value = jax.random.wrap_key_data(array, impl=str(jax.random.key_impl(like)))
-    else:
-        value = jax.numpy.asarray(array)
-    return jax.device_put(value, like.sharding) if like.committed else value
+    impl: list[Any] = []
+    jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), like)  # a shape alone has no key_impl
+    return jax.random.wrap_key_data(array, impl=str(impl[0]))
 
 
 def _reason(error: BaseException) -> str:

@@ -179,19 +179,19 @@ class RunLog:
 
 def make_progress(start: int, total: int) -> Bar | Lines:
     """A bar on a terminal, plain lines elsewhere."""
-    return Bar(start, total) if sys.stderr.isatty() else Lines(start, total)
+    return Bar(start, total) if sys.stderr.isatty() else Lines(total)
 
 
 class _Rate:
-    """Recent meta-iterations a second; the first call sets the clock, so compilation does not count."""
+    """Recent meta-iterations a second; counts from the first report on, so compilation does not count."""
 
-    def __init__(self, start: int) -> None:
-        self._marks = [(time.monotonic(), start)]
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = []
 
     def __call__(self, iteration: int) -> float:
         now = time.monotonic()
         self._marks = [*self._marks[-20:], (now, iteration)]
-        (then, first), *_ = self._marks[1:] if len(self._marks) > 2 else self._marks
+        then, first = self._marks[0]
         return (iteration - first) / max(now - then, 1e-9)
 
 
@@ -209,6 +209,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def speed(rate: float) -> str:
+    """Formats iterations a second; "-" until there are two reports to compare."""
+    return f"{rate:.2f}" if rate else "-"
+
+
 def mean_loss(new: Sequence[Row]) -> str:
     """The mean of the rows' finite meta-losses, as shown."""
     losses = [row["loss"] for row in new if row.get("loss") is not None]
@@ -218,8 +223,8 @@ def mean_loss(new: Sequence[Row]) -> str:
 class Lines:
     """A line every few seconds: meta-loss, iterations a second, time left."""
 
-    def __init__(self, start: int, total: int, seconds: float = 5.0) -> None:
-        self._rate, self._total, self._seconds = _Rate(start), total, seconds
+    def __init__(self, total: int, seconds: float = 5.0) -> None:
+        self._rate, self._total, self._seconds = _Rate(), total, seconds
         self._next = 0.0
 
     def show(self, new: Sequence[Row]) -> None:
@@ -229,8 +234,8 @@ class Lines:
         if time.monotonic() >= self._next or iteration >= self._total:
             self._next = time.monotonic() + self._seconds
             left = clock((self._total - iteration) / rate if rate else math.inf)
-            text = f"iteration {iteration}/{self._total}  meta-loss {mean_loss(new)}  {rate:.2f} it/s  left {left}"
-            print(text, file=sys.stderr, flush=True)
+            figures = f"meta-loss {mean_loss(new)}  {speed(rate)} it/s  left {left}"
+            print(f"iteration {iteration}/{self._total}  {figures}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Nothing to put away."""
@@ -250,7 +255,7 @@ class Bar:
             *(TextColumn(column) for column in columns),
             console=Console(stderr=True),
         )
-        self._rate, self._total = _Rate(start), total
+        self._rate, self._total = _Rate(), total
         self._task = self._progress.add_task("", total=total, completed=start, loss="-", rate="-", left="?")
         self._progress.start()
 
@@ -259,7 +264,7 @@ class Bar:
         iteration = new[-1]["iteration"]
         rate = self._rate(iteration)
         left = clock((self._total - iteration) / rate if rate else math.inf)
-        fields = {"loss": mean_loss(new), "rate": f"{rate:.2f}", "left": left}
+        fields = {"loss": mean_loss(new), "rate": speed(rate), "left": left}
         self._progress.update(self._task, completed=iteration, **fields)
 
     def close(self) -> None:

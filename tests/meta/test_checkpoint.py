@@ -126,7 +126,7 @@ def test_empty_step_folder_and_no_intact_one(saved: Path) -> None:
     shutil.rmtree(saved / "2")
     shutil.rmtree(saved / "3")
     (saved / "3").mkdir()
-    _refused(saved, "no older step is intact: start a new run folder")
+    _refused(saved, "no older step can be used: start a new run folder")
 
 
 def test_altered_record(saved: Path) -> None:
