@@ -355,9 +355,7 @@ def _write(settings: Settings, folder: Path, course: Course, narrator: Narrator)
     # Runs are spread over as many host devices as there are cores; JAX must know before its first use.
     choose_devices(0, cores())
     config = load(settings.config, [*settings.overrides, f"run.iterations={settings.iterations}"])
-    begin = narrator.seconds()
     methods = compare(settings, config, folder / "meta", narrator)
-    compared = narrator.seconds() - begin
     widths, met = ("-".join(map(str, hidden)) or "none" for hidden in (settings.hidden, config.tasks.hidden))
     records = course.records
     losses = np.array([np.nan if r["loss"] is None else r["loss"] for r in records], np.float64)
@@ -374,7 +372,7 @@ def _write(settings: Settings, folder: Path, course: Course, narrator: Narrator)
         config=json.dumps(json.loads(config.to_json()), indent=2),
         timings=[
             ("Meta-training, with the restart", course.seconds),
-            ("Training the unseen network", compared),
+            *((f"Training with {method.name}, compilation included", method.seconds) for method in methods),
             ("Total", narrator.seconds()),
         ],
     )

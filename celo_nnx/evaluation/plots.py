@@ -83,7 +83,7 @@ def training_figure(methods: Sequence[Method]) -> Figure:
     axes.set_yscale("log")
     for method, (color, line) in zip(methods, _styles(methods), strict=True):
         losses = method.losses[method.tuned.best].astype(np.float64)
-        window = max(1, round(losses.shape[-1] * FINAL_FRACTION / 2))
+        window = max(1, round(losses.shape[-1] * FINAL_FRACTION))
         smooth = np.stack([_running(row, window, np.mean) for row in losses])
         steps = np.arange(1, losses.shape[-1] + 1)
         alive = np.where(np.isfinite(smooth), smooth, np.nan)

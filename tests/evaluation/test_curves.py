@@ -1,6 +1,8 @@
 """Training curves: known answers, a plain loop, divergence and the edges of the grid."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,23 @@ def test_adam_equals_a_plain_loop():
                 seen.append(float(loss))
             np.testing.assert_allclose(losses[i, j], seen, rtol=1e-4)
     assert not np.allclose(losses[:, 0], losses[:, 1])
+
+
+def test_two_devices_give_the_same_curves_and_padding_is_cut(tmp_path):
+    arguments = dict(learning_rates=[0.01, 0.03, 0.1], seeds=[5], steps=6)
+    program = (
+        "import sys, runpy, jax, optax, numpy as np\n"
+        "jax.config.update('jax_num_cpu_devices', 2)\n"
+        "from celo_nnx.evaluation import curves\n"
+        "here = runpy.run_path(sys.argv[1])\n"
+        "task, data = here['Regression'](), here['regression_data']()\n"
+        f"losses = curves.train_curves(optax.adam, task, data, **{arguments})\n"
+        "assert jax.local_device_count() == 2\n"
+        "np.save(sys.argv[2], losses)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, __file__, str(tmp_path / "losses.npy")], check=True)
+    alone = curves.train_curves(optax.adam, Regression(), regression_data(), **arguments)
+    np.testing.assert_allclose(np.load(tmp_path / "losses.npy"), alone, rtol=1e-5)
 
 
 def test_context_reuses_the_compilation():
