@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 
 from celo_nnx.errors import UserError, require
 from celo_nnx.interfaces import (
@@ -167,6 +168,18 @@ class LearnedOptimizer(nnx.Module):
             table[path] = route
         return table
 
+    def _groups(self, params: PyTree, table: dict[str, str]) -> dict[str, list[TensorSpec]]:
+        """Returns the learned tensors by name of their shape, in flatten order."""
+        groups: dict[str, list[TensorSpec]] = {}
+        for path, leaf in tensor_paths(params):
+            if table[path] == LEARNED:
+                spec = self.tensors.spec(path, leaf.shape)
+                name = "x".join(str(n) for n in leaf.shape) or "scalar"
+                if spec.factored != self.tensors.spec("", leaf.shape).factored:
+                    name += "-" + "-".join(str(a) for a in spec.factored or ())
+                groups.setdefault(name, []).append(spec)
+        return groups
+
     def init(self, params: PyTree, num_steps: Array | int = 0) -> dict[str, PyTree]:
         """Makes the optimizer state.
 
@@ -175,21 +188,22 @@ class LearnedOptimizer(nnx.Module):
           num_steps: length of the run; only read by schedules that need it.
 
         Returns:
-          ``{"count", "num_steps": int32 scalars, "learned": {path: {accumulator: state}}, "routes":
-          {route: its rule's state}}``, float32.
+          ``{"count", "num_steps": int32 scalars, "learned": {shape: {accumulator: state}}, "routes":
+          {route: its rule's state}}``, float32. Tensors of one shape share an entry, stacked on a leading
+          axis in flatten order, so that their update compiles once.
 
         Raises:
           UserError: an integer or complex parameter, or an unknown route.
         """
         table = self._routes(params)
-        learned: dict[str, PyTree] = {}
         others: dict[str, dict[str, Array]] = {name: {} for name in self.routes}
         for path, leaf in tensor_paths(params):
-            if table[path] == LEARNED:
-                spec = self.tensors.spec(path, leaf.shape)
-                learned[path] = {name: a.init(spec) for name, a in self.accumulators.items()}
-            else:
+            if table[path] != LEARNED:
                 others[table[path]][path] = leaf
+        learned = {}
+        for name, specs in self._groups(params, table).items():
+            one = {n: a.init(specs[0]) for n, a in self.accumulators.items()}
+            learned[name] = jax.tree.map(lambda x, k=len(specs): jnp.zeros((k, *x.shape), x.dtype) + x, one)
         return {
             "count": jnp.zeros((), jnp.int32),
             "num_steps": jnp.asarray(num_steps, jnp.int32),
@@ -228,11 +242,11 @@ class LearnedOptimizer(nnx.Module):
         check_like(grads, params, "gradient")
         leaves = tensor_paths(params)
         table = self._routes(params)
-        missing = [p for p in table if table[p] == LEARNED and p not in state["learned"]]
-        if missing:
-            raise UserError(
-                f"the optimizer state has no tensor {missing[0]!r}: was it made for these parameters?"
-            )
+        groups = self._groups(params, table)
+        for name, specs in groups.items():
+            sizes = {x.shape[0] for x in jax.tree.leaves(state["learned"].get(name))}
+            if sizes != {len(specs)}:
+                raise UserError(f"the optimizer state does not hold {len(specs)} tensors of shape {name}")
         lr = self.schedule(state["count"], state["num_steps"]) if learning_rate is None else learning_rate
         decay = self.weight_decay if weight_decay is None else weight_decay
         mask = [True] * len(leaves) if decay_mask is None else jax.tree.leaves(decay_mask)
@@ -241,12 +255,13 @@ class LearnedOptimizer(nnx.Module):
         learned: dict[str, PyTree] = {}
         others: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
         for (path, param), grad in zip(leaves, flat_grads, strict=True):
-            if table[path] == LEARNED:
-                spec = self.tensors.spec(path, param.shape)
-                steps[path], learned[path] = self._learned(spec, grad, param, state["learned"][path])
-            else:
+            if table[path] != LEARNED:
                 pair = others.setdefault(table[path], ({}, {}))
                 pair[0][path], pair[1][path] = grad, param
+        pairs = {path: (g, p) for (path, p), g in zip(leaves, flat_grads, strict=True)}
+        for name, specs in groups.items():
+            made, learned[name] = self._group(specs, [pairs[s.path] for s in specs], state["learned"][name])
+            steps.update(zip((s.path for s in specs), made, strict=True))
         routes = {}
         for name, (gs, ps) in others.items():
             made, routes[name] = self.routes[name].update(gs, state["routes"][name], ps, state["count"])
@@ -259,6 +274,30 @@ class LearnedOptimizer(nnx.Module):
         count = optax.safe_increment(state["count"])
         new_state = {"count": count, "num_steps": state["num_steps"], "learned": learned, "routes": routes}
         return jax.tree.unflatten(jax.tree.structure(params), updates), new_state
+
+    def _group(
+        self, specs: list[TensorSpec], pairs: list[tuple[Array, Array]], state: PyTree
+    ) -> tuple[Array | list[Array], PyTree]:
+        """Updates the tensors of one shape one after the other, so that they compile once.
+
+        Gradients and parameters are fetched by a switch, not stacked: a stack would take as much memory
+        as both of them. The stacked state is updated in place.
+        """
+        if len(specs) == 1:
+            step, new = self._learned(specs[0], *pairs[0], jax.tree.map(lambda x: x[0], state))
+            return [step], jax.tree.map(lambda x: x[None], new)
+
+        def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], None]:
+            state, steps = carry
+            grad, param = lax.switch(i, [lambda pair=pair: pair for pair in pairs])
+            own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
+            step, new = self._learned(specs[0], grad, param, own)
+            put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
+            return (jax.tree.map(put, state, new), put(steps, step)), None
+
+        steps = jnp.zeros((len(specs), *pairs[0][0].shape), jnp.float32)
+        (state, steps), _ = lax.scan(body, (state, steps), jnp.arange(len(specs)))
+        return steps, state
 
     def _learned(
         self, spec: TensorSpec, grad: Array, param: Array, state: dict[str, PyTree]
