@@ -8,19 +8,23 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.interfaces import Family
 
 PyTree = Any
 
 REPEATS = 15
+META_REPEATS = 7  # dispatches
+EXAMPLES = 50_000  # of each family, as CIFAR-10 has
 PEERS = ("optax.adamw", "optax.contrib.muon")
 
 
@@ -153,6 +157,119 @@ class _StepCell:
         start = time.perf_counter()
         self.params, self.state = self.compiled(self.grads, self.state, self.params)
         jax.block_until_ready((self.params, self.state))
+        self.times.append(time.perf_counter() - start)
+
+
+def synthetic_families(tasks: Mapping[str, Any]) -> list[Family]:
+    """Returns the families of a config's ``tasks`` on random images: time does not depend on the data."""
+    from celo_nnx.tasks import ImageMLP
+
+    if tasks["kind"] != "image_mlp":
+        raise UserError(f"bench meta measures tasks.kind 'image_mlp', not {tasks['kind']!r}")
+    features, rng = tasks["image_size"] ** 2, np.random.default_rng(0)
+    settings = {key: tasks[key] for key in ("batch_size", "activation", "normalizer_clip")}
+    task = ImageMLP(features=features, hidden=tuple(tasks["hidden"]), classes=10, **settings)
+    families = []
+    for name in tasks["datasets"]:
+        x = rng.random((EXAMPLES, features), np.float32)
+        data = {"x": x, "y": rng.integers(0, 10, EXAMPLES).astype(np.int32)}
+        families.append(Family(name=name, task=task, train=data, test=data))
+    return families
+
+
+def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Times whole meta-iterations of a config, on random images of its shapes.
+
+    Args:
+      config: resolved; ``run.iterations_per_dispatch`` meta-iterations are timed together.
+      peers: ``"naive"`` also measures :mod:`celo_nnx.naive_meta`, in turns with it, on one device.
+
+    Yields:
+      A row for each: ``thing, devices, s_per_meta_iteration`` (median), ``s_min, s_max,
+      inner_steps_per_s, compile_s, temp_bytes, argument_bytes, peak_rss_mb``; with a peer also
+      ``speedup``, the ratio of its median to the fused program's.
+    """
+    from celo_nnx.build import build
+    from celo_nnx.devices import choose_devices
+    from celo_nnx.meta import build_trainer
+
+    for peer in peers:
+        if peer != "naive":
+            raise unknown("peer", peer, ("naive",))
+    devices = choose_devices(config.run.devices, config.meta.estimator.pairs)
+    families = synthetic_families(config.tasks)
+    optimizer = build(config.optimizer, jax.random.key(0), config.theta_init)
+    trainer = build_trainer(config, optimizer, families, devices=devices)
+    cells: list[Any] = [_MetaCell(trainer, devices)]
+    if peers:
+        from celo_nnx.naive import naive_trainer
+
+        cells.append(_NaiveCell(naive_trainer(config, families, optimizer.theta)))
+    for _ in range(META_REPEATS):
+        for cell in cells:
+            cell.time()
+    estimator = config.meta.estimator
+    steps = 2 * estimator.pairs * len(families) * estimator.truncation
+    fused = statistics.median(cells[0].times)
+    for cell in cells:
+        median = statistics.median(cell.times)
+        row = {
+            "thing": cell.name,
+            "devices": cell.devices,
+            "s_per_meta_iteration": round(median, 4),
+            "s_min": round(min(cell.times), 4),
+            "s_max": round(max(cell.times), 4),
+            "inner_steps_per_s": round(steps / median),
+            "compile_s": round(cell.compile_s, 1),
+            "temp_bytes": cell.temp_bytes,
+            "argument_bytes": cell.argument_bytes,
+            "peak_rss_mb": round(peak_rss_mb()),
+        }
+        yield row if cell is cells[0] else row | {"speedup": round(median / fused, 2)}
+
+
+class _MetaCell:
+    """The fused trainer: seconds of a meta-iteration, several of them to a dispatch."""
+
+    name = "fused"
+
+    def __init__(self, trainer: Any, devices: int) -> None:
+        self.trainer, self.devices, self.times = trainer, devices, []
+        self.state = trainer.init(jax.random.key(0))
+        start = time.perf_counter()
+        lowered = trainer.compiled_run.lower(self.state, jnp.int32(1), trainer._data)
+        memory = lowered.compile().memory_analysis()
+        self.compile_s = time.perf_counter() - start
+        self.temp_bytes, self.argument_bytes = memory.temp_size_in_bytes, memory.argument_size_in_bytes
+        self.time()
+        self.times.clear()
+
+    def time(self) -> None:
+        n = self.trainer.iterations_per_dispatch
+        start = time.perf_counter()
+        self.state, _ = self.trainer.run(self.state, n)
+        jax.block_until_ready(self.state["theta"])
+        self.times.append((time.perf_counter() - start) / n)
+
+
+class _NaiveCell:
+    """The published way of working: one meta-iteration is many dispatches."""
+
+    name, devices, temp_bytes, argument_bytes = "naive", 1, None, None
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.times = trainer, []
+        self.state = trainer.init(jax.random.key(0))
+        start = time.perf_counter()
+        self.time()
+        self.compile_s = time.perf_counter() - start
+        self.time()
+        self.times.clear()
+
+    def time(self) -> None:
+        start = time.perf_counter()
+        self.state = self.trainer(self.state)
+        jax.block_until_ready(self.state.theta)
         self.times.append(time.perf_counter() - start)
 
 
