@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: strict promotion, a private cache, and the optional shared material."""
+"""Fixtures shared by all tests: one device, a private cache, and the optional shared material."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import pytest
 
-jax.config.update("jax_numpy_rank_promotion", "allow")
 jax.devices()  # starts the backend as it is, so that no test's choice of host devices reaches the others
 sys.path.insert(0, str(Path(__file__).parent))  # stand-ins that several test files share
 

@@ -25,6 +25,7 @@ def command(run_dir: Path) -> list[str]:
         "run.iterations_per_dispatch=2",
         "run.checkpoint_seconds=0.0",
         "run.progress=False",
+        "optimizer.features.groups=('gradient','momentum','factored_momentum')",  # a quicker compilation
         "meta.estimator.truncation=10",
         "meta.unroll.minimum=10",
         "meta.unroll.maximum=60",
