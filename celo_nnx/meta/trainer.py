@@ -58,7 +58,8 @@ class MetaTrainer:
     """Trains an optimizer's theta with a gradient estimator and an optax rule.
 
     ``run(state, n)`` is one program for every ``n``, and all that is random in meta-iteration ``i`` comes
-    from ``fold_in(root key, i)``: however meta-iterations are split over calls, theta comes out bit-identical.
+    from ``fold_in(root key, i)``: however meta-iterations are split over calls, theta comes out
+    bit-identical.
 
     Args:
       optimizer: the optimizer whose theta is where training starts.

@@ -53,7 +53,7 @@ def test_exact_credits_the_last_loss_to_the_finished_trajectory():
 
 
 def estimate(estimator, theta, start=0, key=1):
-    """The first meta-iteration from the keys ``start`` and ``key``: its first state, gradient, state, metrics."""
+    """The first meta-iteration: first state, gradient, next state, metrics."""
 
     @jax.jit
     def run(start, key):
@@ -136,7 +136,7 @@ def test_one_truncation_without_reset_is_es_on_the_mean_loss(toy):
     )
     first, gradient, state, metrics = estimate(estimator, theta, key=5)
     assert np.all(np.asarray(first[0].problems.inner_step) < 480)
-    # The accumulator now holds the perturbations; batches are drawn again from the same keys.
+    # The accumulator holds the perturbations; batches are drawn again from the same keys.
     v = np.asarray(state[0].accumulator["drift"])
     x = batches(estimator, jax.random.key(5), steps)
 
