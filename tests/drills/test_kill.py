@@ -102,7 +102,7 @@ def test_twenty_kills(whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.drill
 def test_three_sigterms(whole: Path, tmp_path: Path) -> None:
-    for wait_for, delay in ((2, 0.1), (0, 3.0), (10, 0.0)):
+    for wait_for, delay in ((2, 0.1), (0, 10.0), (10, 0.0)):
         interrupt(tmp_path / "a", signal.SIGTERM, wait_for, delay)
     finish(tmp_path / "a")
     same(tmp_path / "a", whole)
