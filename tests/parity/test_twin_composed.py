@@ -17,7 +17,6 @@ from celo_nnx.naive import NaiveCelo2, from_config
 # Ranks 0 to 5, axes of size 1, equal axes; few, since compiling a tensor takes a second.
 SHAPES = {
     "scalar": (),
-    "vector": (5,),
     "tall": (20, 3),
     "row": (1, 6),
     "stack": (2, 8, 3),
@@ -69,20 +68,24 @@ def _pair(name, decay=0.1):
     return build(config), from_config(ConfigDict(config))
 
 
-@pytest.mark.parametrize("name", ["celo2_base", "celo2_published"])
-def test_random_trees(name):
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [("celo2_base", ("scalar", "row", "thin", "five")), ("celo2_published", ("tall", "stack", "linear/b"))],
+)
+def test_random_trees(name, keys):
     """Steps of scale 1 agree to rounding: ranks 0 to 5, zero and huge gradients, particles under vmap."""
     composed, twin = _pair(name)
     theta = jax.tree.map(lambda *x: jnp.stack(x), *[_theta(composed.theta, seed) for seed in range(2)])
     kinds = [_grads(kind) for kind in ("plain", "zeros", "huge")]
-    grads = jax.tree.map(lambda *x: jnp.stack(x), *kinds)
+    grads = {key: jnp.stack([kind[key] for kind in kinds]) for key in keys}
+    params = {key: x for key, x in _params().items() if key in keys}
 
     def run(rule):
-        over_kinds = jax.vmap(lambda theta, g: _updates(rule, theta, _params(), g), (None, 0))
+        over_kinds = jax.vmap(lambda theta, g: _updates(rule, theta, params, g), (None, 0))
         return jax.jit(jax.vmap(over_kinds, (0, None)))(theta, grads)
 
     got, want = run(composed), run(twin)
-    for key in SHAPES:
+    for key in keys:
         assert np.all(np.isfinite(got[key])), key
         # Huge gradients are clipped to 1000 on learned tensors; Adam's are not, and its steps reach 20 * 4.
         np.testing.assert_allclose(got[key], want[key], rtol=2e-4, atol=2e-4, err_msg=key)
