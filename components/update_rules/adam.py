@@ -43,8 +43,7 @@ class Celo2Adam(RouteRule):
         self.multiplier, self.bias_correction = float(multiplier), bool(bias_correction)
 
     def init(self, params: Tensors) -> dict[str, Tensors]:
-        zeros = {path: jnp.zeros(p.shape, jnp.float32) for path, p in params.items()}
-        return {"m": zeros, "v": dict(zeros)}
+        return {name: {path: jnp.zeros(p.shape, jnp.float32) for path, p in params.items()} for name in "mv"}
 
     def update(
         self, grads: Tensors, state: dict[str, Tensors], params: Tensors, count: Array
