@@ -227,8 +227,8 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     Args:
       optimizer: with the random theta that :func:`build` drew.
       theta_init: ``kind``: ``"random"`` keeps it; ``"hand_made"`` takes the update rule's hand-made theta
-        (``feature``, ``channel``); ``"file"`` reads ``path``, a theta file or a run folder. ``noise``: standard
-        deviation of Gaussian noise added to every meta-parameter.
+        (``feature``, ``channel``); ``"file"`` reads ``path``, a theta file or a run folder. ``noise``: the
+        standard deviation of Gaussian noise added to every meta-parameter.
       key: draws the noise.
 
     Raises:

@@ -34,6 +34,7 @@ import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Array = jax.Array
@@ -250,9 +251,21 @@ class Task:
         """Returns (scalar training loss, next model state, auxiliary scalars)."""
         raise NotImplementedError
 
-    def draw(self, data: dict[str, Array], key: Array, start: Array, count: Array) -> PyTree:
-        """Draws a batch, with replacement, from examples ``start .. start+count-1`` of ``data``."""
+    def pick(self, key: Array, start: Array, count: Array) -> PyTree:
+        """Decides, with replacement, what a batch holds of examples ``start .. start+count-1``.
+
+        Meta-training picks for a whole truncation at once: hashing a few numbers in each inner step costs
+        a loop of its own.
+        """
         raise NotImplementedError
+
+    def take(self, data: dict[str, Array], picked: PyTree) -> PyTree:
+        """Returns the picked batch; by default ``picked`` is an index array."""
+        return jax.tree.map(lambda x: jnp.asarray(x).at[picked].get(mode="promise_in_bounds"), data)
+
+    def draw(self, data: dict[str, Array], key: Array, start: Array, count: Array) -> PyTree:
+        """Picks and takes a batch."""
+        return self.take(data, self.pick(key, start, count))
 
     def normalize(self, loss: Array) -> Array:
         """Maps a training loss to the meta-loss; finite for every input, NaN and infinities included."""

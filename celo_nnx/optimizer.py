@@ -203,7 +203,7 @@ class LearnedOptimizer(nnx.Module):
         learned = {}
         for name, specs in self._groups(params, table).items():
             one = {n: a.init(specs[0]) for n, a in self.accumulators.items()}
-            learned[name] = jax.tree.map(lambda x, k=len(specs): jnp.zeros((k, *x.shape), x.dtype) + x, one)
+            learned[name] = one if len(specs) == 1 else _stacked(one, len(specs))
         return {
             "count": jnp.zeros((), jnp.int32),
             "num_steps": jnp.asarray(num_steps, jnp.int32),
@@ -244,8 +244,12 @@ class LearnedOptimizer(nnx.Module):
         table = self._routes(params)
         groups = self._groups(params, table)
         for name, specs in groups.items():
-            sizes = {x.shape[0] for x in jax.tree.leaves(state["learned"].get(name))}
-            if sizes != {len(specs)}:
+            one = jax.eval_shape(
+                lambda spec=specs[0]: {n: a.init(spec) for n, a in self.accumulators.items()}
+            )
+            lead = (len(specs),) if len(specs) > 1 else ()
+            want = [(*lead, *x.shape) for x in jax.tree.leaves(one)]
+            if [x.shape for x in jax.tree.leaves(state["learned"].get(name))] != want:
                 raise UserError(f"the optimizer state does not hold {len(specs)} tensors of shape {name}")
         lr = self.schedule(state["count"], state["num_steps"]) if learning_rate is None else learning_rate
         decay = self.weight_decay if weight_decay is None else weight_decay
@@ -284,8 +288,8 @@ class LearnedOptimizer(nnx.Module):
         as both of them. The stacked state is updated in place.
         """
         if len(specs) == 1:
-            step, new = self._learned(specs[0], *pairs[0], jax.tree.map(lambda x: x[0], state))
-            return [step], jax.tree.map(lambda x: x[None], new)
+            step, state = self._learned(specs[0], *pairs[0], state)
+            return [step], state
 
         def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], None]:
             state, steps = carry
@@ -339,7 +343,7 @@ class LearnedOptimizer(nnx.Module):
             flat = sum(planes(tree).values(), [])
             return self.step(*self.update_rule(flat, weights, spec.shape), tree[0], spec)
 
-        return fence(rule, view, weights)
+        return fence(rule, grad, view, weights)
 
     def as_optax(
         self,
@@ -402,6 +406,11 @@ class LearnedOptimizer(nnx.Module):
             )
 
         return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _stacked(tree: PyTree, count: int) -> PyTree:
+    """Returns the tree with every leaf repeated on a new leading axis."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree)
 
 
 def check_like(tree: PyTree, like: PyTree, what: str) -> None:

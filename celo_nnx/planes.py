@@ -15,9 +15,7 @@ from jax import lax
 Array = jax.Array
 PyTree = Any
 
-BLOCKS = (
-    16  # row blocks that are added elementwise before anything is reduced; measured, see block_mean_squares
-)
+BLOCKS = 4  # row blocks added elementwise before squares are reduced; see block_mean_squares
 
 
 def rsqrt_floored(x: Array) -> Array:
@@ -25,8 +23,8 @@ def rsqrt_floored(x: Array) -> Array:
     return lax.rsqrt(jnp.maximum(x, 1e-9))
 
 
-def fence(function: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """Evaluates ``function(*args)`` so that XLA's CPU compiler computes it once.
+def fence(function: Callable[..., Array], like: Array, *args: PyTree) -> Array:
+    """Evaluates ``function(*args)``, an array like ``like``, so that XLA's CPU compiler computes it once.
 
     Its fusion pass copies a cheap producer into each consumer, and a whole unrolled MLP counts as cheap:
     a sum of squares and the step that follows would evaluate it twice. A conditional is never fused
@@ -35,12 +33,8 @@ def fence(function: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """
     if jax.default_backend() != "cpu":
         return function(*args)
-    shapes = jax.eval_shape(function, *args)
-
-    def never(*_: PyTree) -> PyTree:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    return lax.cond(lax.optimization_barrier(jnp.bool_(True)), function, never, *args)
+    taken = lax.optimization_barrier(jnp.bool_(True))
+    return lax.cond(taken, function, lambda *_: jnp.zeros(like.shape, like.dtype), *args)
 
 
 def rows(tree: PyTree, rank: int, start: int | Array, size: int, full: int) -> PyTree:
@@ -61,11 +55,14 @@ def rows(tree: PyTree, rank: int, start: int | Array, size: int, full: int) -> P
 
 
 def _halve(x: Array) -> Array:
-    """Sums over axis -2 by adding halves elementwise; keeps the axis."""
+    """Sums over axis -2 elementwise, by halves and a few last rows one by one; keeps the axis."""
     while x.shape[-2] > 1 and x.shape[-2] % 2 == 0:
         half = x.shape[-2] // 2
         x = x[..., :half, :] + x[..., half:, :]
-    return jnp.sum(x, -2, keepdims=True)
+    count = x.shape[-2]
+    if count > 16:
+        return jnp.sum(x, -2, keepdims=True)
+    return sum((x[..., i : i + 1, :] for i in range(1, count)), x[..., :1, :])
 
 
 def block_mean_squares(

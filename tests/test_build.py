@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
+import importlib.util
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -149,31 +151,23 @@ class SignGradient(Feature):
 
 
 def test_a_part_from_another_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "source"
-    package.mkdir()
-    (package / "sign_part.py").write_text(PART)
-    (package / "pyproject.toml").write_text(
-        '[build-system]\nrequires=["setuptools"]\nbuild-backend="setuptools.build_meta"\n'
-        '[project]\nname="sign-part"\nversion="0"\n'
-        '[project.entry-points."celo_nnx.components"]\n"features.sign_gradient"="sign_part:SignGradient"\n'
-        '[tool.setuptools]\npy-modules=["sign_part"]\n'
-    )
-    site = tmp_path / "site"
-    installer = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-    ]
-    pip = subprocess.run([*installer, "--target", str(site), str(package)], capture_output=True, text=True)
-    if pip.returncode:
-        pytest.skip(f"pip cannot build a package here: {pip.stderr.strip().splitlines()[-1]}")
+    site, wheel = tmp_path / "site", tmp_path / "sign_part-0-py3-none-any.whl"
+    info = {
+        "METADATA": "Metadata-Version: 2.1\nName: sign-part\nVersion: 0\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "entry_points.txt": "[celo_nnx.components]\nfeatures.sign_gradient = sign_part:SignGradient\n",
+        "RECORD": "",
+    }
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("sign_part.py", PART)
+        for name, text in info.items():
+            archive.writestr(f"sign_part-0.dist-info/{name}", text)
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("this environment has no pip to install a package with")
+    installer = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*installer, "--target", str(site), str(wheel)], check=True)
     monkeypatch.syspath_prepend(str(site))
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
+    importlib.invalidate_caches()
     assert "sign_gradient" in list_parts()["features"]
     config = load("celo2_base", ["optimizer.features.groups=gradient,sign_gradient"])
     assert config.optimizer.features.options.sign_gradient.scale == 1.0

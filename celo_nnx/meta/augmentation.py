@@ -74,9 +74,13 @@ class Reparametrized(Task):
         params = self._map(lambda p, s: p * s, params, sample["scale"])
         return self.task.loss(params, state, key, batch, sample["inner"])
 
-    def draw(self, data: dict[str, Array], key: Array, start: Array, count: Array) -> PyTree:
-        """Draws the task's batch."""
-        return self.task.draw(data, key, start, count)
+    def pick(self, key: Array, start: Array, count: Array) -> PyTree:
+        """Picks a batch of the inner task."""
+        return self.task.pick(key, start, count)
+
+    def take(self, data: dict[str, Array], picked: PyTree) -> PyTree:
+        """Returns the picked batch of the inner task."""
+        return self.task.take(data, picked)
 
     def normalize(self, loss: Array) -> Array:
         """Maps a loss with the task's normalizer."""

@@ -65,7 +65,7 @@ class Constant:
       UserError: unless ``length >= 1``.
     """
 
-    length: int
+    length: int = 1000
 
     def __post_init__(self) -> None:
         require(is_count(self.length), "unroll.length", self.length, "an integer >= 1")

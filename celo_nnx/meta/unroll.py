@@ -139,11 +139,11 @@ def _train_step(
     thetas: PyTree,
     problems: Problems,
     source: Source,
-    draw_keys: Array,
+    picked: PyTree,
     loss_keys: Array,
 ) -> tuple[Problems, Array]:
     """Takes one training step of every pair; returns the next pairs and the raw losses ``[N, 2]``."""
-    batch = jax.vmap(task.draw, (None, 0, 0, 0))(source.arrays, draw_keys, source.start, source.count)
+    batch = jax.vmap(task.take, (None, 0))(source.arrays, picked)
 
     def one(
         theta: PyTree, params: PyTree, model: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree
@@ -197,8 +197,9 @@ def unroll(
     pairs = problems.length.shape[0]
     draw_key, loss_key, reset_key = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     at = jax.vmap(jax.random.fold_in, (0, None))
-    # Keys of all steps at once: hashing a few numbers inside the loop costs a loop of its own each time.
+    # For all steps at once: hashing a few numbers inside the loop costs a loop of its own each time.
     draw_keys, loss_keys = (jax.vmap(at, (None, 0))(key, jnp.arange(steps)) for key in (draw_key, loss_key))
+    picks = jax.vmap(jax.vmap(task.pick), (0, None, None))(draw_keys, source.start, source.count)
     record = Record(
         jnp.zeros((steps, pairs, 2), jnp.float32),
         jnp.zeros((steps, pairs), bool),
@@ -209,7 +210,8 @@ def unroll(
 
     def step(carry: Carry) -> Carry:
         t, _, problems, record = carry
-        moved, loss = _train_step(optimizer, task, thetas, problems, source, draw_keys[t], loss_keys[t])
+        picked = jax.tree.map(lambda x: x[t], picks)
+        moved, loss = _train_step(optimizer, task, thetas, problems, source, picked, loss_keys[t])
         row = Record(loss, moved.done, ~problems.done)
         record = jax.tree.map(lambda a, r: lax.dynamic_update_index_in_dim(a, r, t, 0), record, row)
         return t + 1, problems.done, moved, record

@@ -94,16 +94,17 @@ class ImageMLP(Task):
         self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
     ) -> tuple[Array, PyTree, dict[str, Array]]:
         """Returns (mean cross-entropy of ``batch = {"x": [n, features], "y": [n]}``, state, accuracy)."""
-        logits = self.logits(params, batch["x"])
-        # One-hot and not take_along_axis: the gradient of a gather is a scatter, slow on CPU under vmap.
-        one_hot = jax.nn.one_hot(batch["y"], self.classes, dtype=logits.dtype)
-        loss = -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=-1))
-        accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == batch["y"]).astype(jnp.float32))
+        # Classes lead: sums over ten classes are then whole vectors. One-hot and not take_along_axis: the
+        # gradient of a gather is a scatter, slow on CPU under vmap.
+        logits = self.logits(params, batch["x"]).T
+        one_hot = jax.nn.one_hot(batch["y"], self.classes, dtype=logits.dtype, axis=0)
+        loss = -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits, axis=0), axis=0))
+        accuracy = jnp.mean((jnp.argmax(logits, axis=0) == batch["y"]).astype(jnp.float32))
         return loss, state, {"accuracy": accuracy}
 
-    def draw(self, data: dict[str, Array], key: Array, start: Array, count: Array) -> PyTree:
-        """Draws ``batch_size`` examples with replacement from ``start .. start+count-1``."""
-        return draw_examples(data, key, start, count, self.batch_size)
+    def pick(self, key: Array, start: Array, count: Array) -> Array:
+        """Picks ``batch_size`` examples with replacement from ``start .. start+count-1``."""
+        return pick_examples(key, start, count, self.batch_size)
 
     def normalize(self, loss: Array) -> Array:
         """Returns ``clip(loss, 0, normalizer_clip ln(classes))``, NaN becoming the upper bound."""
@@ -111,25 +112,21 @@ class ImageMLP(Task):
         return jnp.where(jnp.isnan(loss), worst, jnp.clip(loss, 0.0, worst)).astype(jnp.float32)
 
 
-def draw_examples(
-    data: PyTree, key: Array, start: Array | int, count: Array | int, batch_size: int
-) -> PyTree:
-    """Draws a batch with replacement, inside jit.
+def pick_examples(key: Array, start: Array | int, count: Array | int, batch_size: int) -> Array:
+    """Draws indices with replacement, inside jit.
 
     Args:
-      data: arrays with the example axis leading.
       key: decides the batch.
       start: first example that may be drawn.
       count: how many examples may be drawn, from ``start`` on; at least 1.
       batch_size: examples drawn.
 
     Returns:
-      The arrays with a leading axis ``[batch_size]``.
+      Indices ``[batch_size]``, int32.
     """
     bits = jax.random.bits(key, (batch_size,), jnp.uint32)
     # The remainder favours small indices by at most count / 2^32, 2e-5 for the largest set here.
-    index = jnp.asarray(start, jnp.int32) + (bits % jnp.asarray(count, jnp.uint32)).astype(jnp.int32)
-    return jax.tree.map(lambda x: jnp.asarray(x).at[index].get(mode="promise_in_bounds"), data)
+    return jnp.asarray(start, jnp.int32) + (bits % jnp.asarray(count, jnp.uint32)).astype(jnp.int32)
 
 
 def _is_int(value: object) -> bool:

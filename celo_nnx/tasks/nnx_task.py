@@ -13,7 +13,7 @@ from flax import nnx
 
 from celo_nnx.errors import require
 from celo_nnx.interfaces import Array, PyTree, Task
-from celo_nnx.tasks.image_mlp import draw_examples
+from celo_nnx.tasks.image_mlp import pick_examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,9 +79,9 @@ class ModuleTask(Task):
         rest = nnx.state(model, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
         return value, nnx.to_pure_dict(rest), {}
 
-    def draw(self, data: dict[str, Array], key: Array, start: Array, count: Array) -> PyTree:
-        """Draws ``batch_size`` examples with replacement from ``start .. start+count-1``."""
-        return draw_examples(data, key, start, count, self.batch_size)
+    def pick(self, key: Array, start: Array, count: Array) -> Array:
+        """Picks ``batch_size`` examples with replacement from ``start .. start+count-1``."""
+        return pick_examples(key, start, count, self.batch_size)
 
     def normalize(self, loss: Array) -> Array:
         """Returns ``clip(loss, -loss_limit, loss_limit)``, NaN becoming the upper bound."""

@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class Bank(Accumulator):
-    """Exponential averages ``a_k <- d_k a_k + (1 - d_k) x``; ``1 - d_k`` is taken in float32 (OPTIMIZERS 1.1).
+    """Exponential averages ``a_k <- d_k a_k + (1 - d_k) x``, ``1 - d_k`` in float32 (OPTIMIZERS 1.1).
 
     Args:
       decays: one in [0, 1) for each average; ``k`` of them.

@@ -67,8 +67,8 @@ class Celo2Routing(Routing):
 
     Example:
       >>> rule = Celo2Routing()
-      >>> [rule(p, s) for p, s in [("attn/query/bias", (4, 8)), ("embed/embedding", (9, 8)), ("mlp/kernel", (8, 8))]]
-      ['adam', 'adam', 'learned']
+      >>> rule("attention/query/bias", (4, 8)), rule("embed/embedding", (9, 8)), rule("mlp/kernel", (8, 8))
+      ('adam', 'adam', 'learned')
     """
 
     def __init__(

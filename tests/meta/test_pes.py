@@ -137,7 +137,7 @@ def test_one_truncation_without_reset_is_es_on_the_mean_loss(toy):
     first, gradient, state, metrics = estimate(estimator, theta, key=5)
     assert np.all(np.asarray(first[0].problems.inner_step) < 480)
     # The accumulator holds the perturbations; batches are drawn again from the same keys.
-    v = np.asarray(state[0].accumulator["drift"])
+    v = np.asarray(state[0].accumulator[:, 0])
     x = batches(estimator, jax.random.key(5), steps)
 
     def mean_loss(drift, x):

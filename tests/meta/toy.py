@@ -33,9 +33,8 @@ class Quadratic(Task):
         loss = 0.5 * jnp.square(params["w"] - self.target) + self.noise * batch["x"] * params["w"]
         return jnp.where(batch["x"] > self.bad_above, jnp.nan, loss), state, {}
 
-    def draw(self, data: Any, key: Any, start: Any, count: Any) -> Any:
-        index = start + jax.random.randint(key, (), 0, count)
-        return {"x": data["x"][index]}
+    def pick(self, key: Any, start: Any, count: Any) -> Any:
+        return start + jax.random.randint(key, (), 0, count)
 
     def normalize(self, loss: Any) -> Any:
         return jnp.nan_to_num(jnp.clip(loss, -50.0, 50.0), nan=50.0)

@@ -12,7 +12,7 @@ from celo_nnx.errors import UserError
 from celo_nnx.experiments import fast_digits, fast_local, fast_velo
 from celo_nnx.interfaces import Task
 from celo_nnx.tasks import TASKS, ImageMLP, build_families
-from celo_nnx.tasks.image_mlp import ACTIVATIONS, draw_examples
+from celo_nnx.tasks.image_mlp import ACTIVATIONS
 
 TASK = ImageMLP(features=64, hidden=(32,), classes=10)
 
@@ -74,7 +74,8 @@ def test_the_normalizer_is_finite_everywhere() -> None:
 
 def test_draws_cover_exactly_the_range_and_come_from_the_key() -> None:
     data = {"x": jnp.arange(100.0)[:, None], "y": jnp.arange(100)}
-    draw = jax.jit(lambda key, start, count: draw_examples(data, key, start, count, 5000))
+    task = ImageMLP(features=1, batch_size=5000)
+    draw = jax.jit(lambda key, start, count: task.draw(data, key, start, count))
     batch = draw(jax.random.key(0), jnp.int32(30), jnp.int32(50))
     assert batch["x"].shape == (5000, 1) and set(np.asarray(batch["y"])) == set(range(30, 80))
     np.testing.assert_array_equal(batch["x"][:, 0], batch["y"])

@@ -31,6 +31,20 @@ def _scaled(weight: Array, leaf: Array) -> Array:
     return weight.reshape(weight.shape + (1,) * (leaf.ndim - weight.ndim)) * leaf
 
 
+def _flatten(tree: PyTree) -> Array:
+    """Returns all leaves as one vector."""
+    return jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def _unflatten(flat: Array, like: PyTree) -> PyTree:
+    """Splits vectors ``[n, size]`` into trees; leaves ``[n, ...]``."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
+    parts = jnp.split(flat, ends[:-1], axis=1)
+    shaped = [x.reshape(len(flat), *leaf.shape) for x, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, shaped)
+
+
 def pes_terms(
     pos_loss: Array,
     neg_loss: Array,
@@ -133,10 +147,13 @@ class Group:
 
 
 class GroupState(NamedTuple):
-    """State of one group: its inner problems, and the PES accumulator, leaves ``[N, ...]``."""
+    """State of one group: its inner problems, and the PES accumulator, ``[N, size of theta]``.
+
+    Perturbations, accumulators and estimates are flat: leaf by leaf they are hundreds of tiny ops.
+    """
 
     problems: Problems
-    accumulator: PyTree
+    accumulator: Array
 
 
 def _grouped(
@@ -264,9 +281,8 @@ class PES:
             )
         gradient, state, sums = step(theta, state, key, numbers, self.data)
         share = 1.0 / (self.pairs * len(self.families))
-        gradient = jax.tree.map(
-            lambda g: jnp.nan_to_num(g * share, nan=0.0, posinf=0.0, neginf=0.0), gradient
-        )
+        gradient = jnp.nan_to_num(gradient * share, nan=0.0, posinf=0.0, neginf=0.0)
+        gradient = jax.tree.map(lambda g: g[0], _unflatten(gradient[None], theta))
         family_loss = sums["loss"] / self.pairs
         metrics = {"loss": jnp.mean(family_loss), "family_loss": family_loss, "nonfinite": sums["nonfinite"]}
         return gradient, state, metrics
@@ -309,7 +325,7 @@ class PES:
         pairs = len(numbers)
         thetas = jax.tree.map(lambda x: jnp.broadcast_to(x, (pairs, 2, *jnp.shape(x))), theta)
         problems = fresh(self.optimizer, group.task, self.schedule, thetas, keys[:, 0])
-        accumulator = jax.tree.map(lambda x: jnp.zeros((pairs, *jnp.shape(x)), jnp.float32), theta)
+        accumulator = jnp.zeros((pairs, _flatten(theta).size), jnp.float32)
         return GroupState(partly_done(problems, keys[:, 1]), accumulator)
 
     def _meta_step(
@@ -330,8 +346,10 @@ class PES:
         self, group: Group, theta: PyTree, state: GroupState, numbers: dict, data: dict, key: Array
     ) -> tuple[PyTree, GroupState, dict[str, Array]]:
         keys = jax.vmap(jax.random.split)(jax.vmap(jax.random.fold_in, (None, 0))(key, numbers["number"]))
-        perturbation = self._perturbations(theta, keys[:, 0])
-        thetas = jax.tree.map(lambda x, v: jnp.stack([x + v, x - v], 1), theta, perturbation)
+        flat = _flatten(theta)
+        perturbation = self.std * jax.vmap(lambda key: jax.random.normal(key, flat.shape))(keys[:, 0])
+        thetas = jnp.stack([flat + perturbation, flat - perturbation], 1)
+        thetas = jax.vmap(_unflatten, (0, None))(thetas, theta)
         source = Source(data, numbers["start"], numbers["count"])
         problems, record = unroll(
             self.optimizer,
@@ -360,14 +378,4 @@ class PES:
             "loss": jnp.sum(jnp.where(mine, mean_loss, 0.0), 1),
             "nonfinite": jnp.sum(jnp.where(mine, nonfinite, 0), 1),
         }
-        gradient = jax.tree.map(lambda g: jnp.sum(g, 0), gradient)
-        return gradient, GroupState(problems, accumulator), sums
-
-    def _perturbations(self, theta: PyTree, keys: Array) -> PyTree:
-        """Draws ``std * N(0, I)`` for each key; leaves ``[N, ...]``."""
-        leaves, treedef = jax.tree.flatten(theta)
-        ends = np.cumsum([leaf.size for leaf in leaves]).tolist()
-        flat = self.std * jax.vmap(lambda key: jax.random.normal(key, (ends[-1],)))(keys)
-        parts = jnp.split(flat, ends[:-1], axis=1)
-        shaped = [x.reshape(x.shape[0], *leaf.shape) for x, leaf in zip(parts, leaves, strict=True)]
-        return jax.tree.unflatten(treedef, shaped)
+        return jnp.sum(gradient, 0), GroupState(problems, accumulator), sums

@@ -1,0 +1,40 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from celo_nnx import cli
+from celo_nnx.config import load
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+def test_it_shows_code() -> None:
+    assert len(PYTHON) == 3 and sum(line.startswith("celo-nnx") for line in SHELL) >= 3
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
+def test_python_blocks_run(block: str, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(block)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("line", [s for s in SHELL if s.startswith("celo-nnx")])
+def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, command, *rest = shlex.split(line)
+    if command == "train":
+        load(rest[0], rest[1 : rest.index("--run-dir")])
+    else:
+        assert cli.main([command, *rest]) == 0
+        assert capsys.readouterr().out
