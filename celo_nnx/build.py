@@ -258,28 +258,24 @@ def describe(optimizer: LearnedOptimizer) -> str:
 
     The bytes are measured on a 1024 x 1024 tensor of each route.
     """
-    lines = ["part                     kind                 settings"]
+    lines = [f"{'part':<32}{'kind':<20}settings"]
+    banks = {n: getattr(a, "size", 1) for n, a in optimizer.accumulators.items()}
 
-    def row(slot: str, part: Any) -> None:
-        skip = ("b0", "w0")
-        settings = {
-            k: v for k, v in vars(part).items() if not k.startswith("_") and k not in skip and _plain(v)
-        }
+    def row(slot: str, part: Any, **more: Any) -> None:
+        settings = {k: v for k, v in vars(part).items() if not k.startswith("_") and _plain(v)} | more
         text = ", ".join(f"{k}={v}" for k, v in settings.items())
-        lines.append(f"{slot:<24} {type(part).__name__:<20} {text}".rstrip())
+        lines.append(f"{slot:<32}{type(part).__name__:<20}{text}".rstrip())
 
     for name, part in optimizer.accumulators.items():
         row(f"accumulators.{name}", part)
     for name in optimizer.feature_order:
-        row(f"features.{name}", optimizer.features[name])
+        part = optimizer.features[name]
+        row(f"features.{name}", part, planes=part.width(banks))
     for slot in SLOTS:
         row(slot, getattr(optimizer, slot))
     for name, part in optimizer.routes.items():
         row(f"routes.{name}", part)
-    lines += [
-        f"gradient_clip            {optimizer.gradient_clip}",
-        f"weight_decay             {optimizer.weight_decay}",
-    ]
+    lines += [f"{name:<32}{'':<20}{getattr(optimizer, name)}" for name in SCALARS]
     theta = tensor_paths(optimizer.theta)
     lines.append("")
     lines += [f"theta  {path:<44} {tuple(leaf.shape)}" for path, leaf in theta]
@@ -288,7 +284,9 @@ def describe(optimizer: LearnedOptimizer) -> str:
 
 
 def _plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, tuple)) and "object at" not in repr(value)
+    """Tells a setting from arrays, functions and tables."""
+    flat = isinstance(value, tuple) and not any(isinstance(v, tuple) for v in value)
+    return flat or isinstance(value, (bool, int, float, str))
 
 
 def _state_bytes(optimizer: LearnedOptimizer) -> list[str]:
