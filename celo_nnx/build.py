@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -134,11 +135,23 @@ def resolve(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     for key in tensors:
         if key not in ("matrix", "factored"):
             raise unknown("key of optimizer.tensors,", key, ("matrix", "factored"))
-    require(
-        tensors.get("matrix", "last_two") == "last_two", "tensors.matrix", tensors.get("matrix"), "'last_two'"
-    )
-    out["tensors"] = {"matrix": "last_two", "factored": tuple(tensors.get("factored", ()))}
+    out["tensors"] = {key: _axes_table(key, tensors.get(key, ())) for key in ("matrix", "factored")}
     return out
+
+
+def _axes_table(key: str, table: Any) -> tuple[tuple[str, int, int], ...]:
+    """Checks rows (path or pattern, axis, axis) of ``optimizer.tensors``."""
+    rows = tuple(tuple(row) if isinstance(row, (tuple, list)) else (row,) for row in table)
+    for row in rows:
+        good = len(row) == 3 and isinstance(row[0], str) and all(type(a) is int for a in row[1:])
+        require(good, f"optimizer.tensors.{key}", row, "rows of (path, axis, axis)")
+        try:
+            re.compile(row[0] if key == "matrix" else "")
+        except re.error as error:
+            raise UserError(
+                f"optimizer.tensors.{key}: {row[0]!r} is not a regular expression: {error}"
+            ) from None
+    return rows
 
 
 def _part(kind: str, section: Mapping[str, Any], where: str, **context: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -68,30 +69,51 @@ class Tensors:
     """How tensors are looked at; the section ``optimizer.tensors`` of a config.
 
     Attributes:
-      matrix: ``"last_two"``: the matrix is the last two axes, as published.
-      factored: overrides (path, d1, d0) of the factored axes, for replays.
+      matrix: (pattern, rows, columns): for tensors whose path the regular expression is found in, the axes
+        (negative ones count from the end) that are the matrix; the first match counts. Without a match the
+        matrix is the last two axes, as published.
+      factored: (path, d1, d0): overrides of the factored axes, for replays.
+
+    Example:
+      >>> Tensors(matrix=(("conv", 0, -1),)).spec("conv/kernel", (3, 3, 16, 32)).matrix
+      (0, 3)
     """
 
-    matrix: str = "last_two"
+    matrix: tuple[tuple[str, int, int], ...] = ()
     factored: tuple[tuple[str, int, int], ...] = ()
 
     def spec(self, path: str, shape: tuple[int, ...]) -> TensorSpec:
-        """Returns the static description of a tensor."""
-        given = {p: (d1, d0) for p, d1, d0 in self.factored}
+        """Returns the static description of a tensor.
+
+        Raises:
+          UserError: axes that are out of range or equal, named with the tensor.
+        """
         rank = len(shape)
-        if rank == 0:
-            return TensorSpec(path, (1,), None, None)
-        axes = given.get(path, factored_axes(shape))
-        if axes is not None and not (axes[0] != axes[1] and all(0 <= a < rank for a in axes)):
-            raise UserError(f"factored axes {axes} of {path!r} are out of range for shape {shape}")
-        if rank == 1:
-            return TensorSpec(path, shape, None, None)
-        flipped = shape[-1] < LANES and shape[-2] > shape[-1]
+        if rank < 2:
+            return TensorSpec(path, shape or (1,), None, None)
+        given = {p: (d1, d0) for p, d1, d0 in self.factored}
+        factored = _two_axes(given.get(path) or factored_axes(shape), shape, f"factored axes of {path!r}")
+        own = next(((r, c) for pattern, r, c in self.matrix if re.search(pattern, path)), (-2, -1))
+        matrix = _two_axes(own, shape, f"matrix axes of {path!r}")
+        last_two = (rank - 2, rank - 1)
+        flipped = matrix == last_two and shape[-1] < LANES and shape[-2] > shape[-1]
         if flipped:
             shape = (*shape[:-2], shape[-1], shape[-2])
             swap = {rank - 1: rank - 2, rank - 2: rank - 1}
-            axes = tuple(swap.get(a, a) for a in axes) if axes else None
-        return TensorSpec(path, shape, (rank - 2, rank - 1), axes, flipped)
+            factored = tuple(swap.get(a, a) for a in factored)
+        return TensorSpec(path, shape, matrix, factored, flipped)
+
+
+def _two_axes(axes: tuple[int, int] | None, shape: tuple[int, ...], what: str) -> tuple[int, int]:
+    """Returns two axes counted from the front; refuses equal ones and ones that the shape does not have."""
+    rank = len(shape)
+    assert axes is not None
+    first, second = (a + rank if a < 0 else a for a in axes)
+    if first == second or not (0 <= first < rank and 0 <= second < rank):
+        raise UserError(
+            f"{what} = {tuple(axes)} are out of range: must be two different axes of shape {shape}"
+        )
+    return first, second
 
 
 class LearnedOptimizer(nnx.Module):
@@ -175,8 +197,9 @@ class LearnedOptimizer(nnx.Module):
             if table[path] == LEARNED:
                 spec = self.tensors.spec(path, leaf.shape)
                 name = "x".join(str(n) for n in leaf.shape) or "scalar"
-                if spec.factored != self.tensors.spec("", leaf.shape).factored:
-                    name += "-" + "-".join(str(a) for a in spec.factored or ())
+                usual = Tensors().spec(path, leaf.shape)
+                if (spec.matrix, spec.factored) != (usual.matrix, usual.factored):
+                    name += "-" + "-".join(str(a) for a in (*spec.matrix, *spec.factored))
                 groups.setdefault(name, []).append(spec)
         return groups
 

@@ -42,7 +42,7 @@ def rule() -> dict[str, Any]:
         schedule=dict(kind="constant", value=1e-3),
         routing=dict(kind="single"),
         routes={},
-        tensors=dict(matrix="last_two", factored=()),
+        tensors=dict(matrix=(), factored=()),
         gradient_clip=1000.0,
         weight_decay=0.0,
     )

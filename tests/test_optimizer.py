@@ -65,6 +65,28 @@ def test_equal_shapes_are_updated_as_if_alone() -> None:
         np.testing.assert_allclose(alone[name], params[name], atol=1e-6)
 
 
+def test_matrix_axes_by_pattern() -> None:
+    """A stacked tensor whose matrix is axes (2, 0) moves as its transpose does with the last two axes."""
+    rng = np.random.default_rng(4)
+    grads = [jnp.asarray(rng.normal(size=(20, 3, 24)), jnp.float32) for _ in range(3)]
+    config = load("celo2").optimizer.copy_and_resolve_references()
+    with config.unlocked():
+        config.tensors.matrix = (("stack", 2, 0),)
+    moved, plain = build(config), build(load("celo2").optimizer)
+    a = {"stack": jnp.ones((20, 3, 24))}
+    b = {"stack": jnp.ones((3, 24, 20))}
+    sa, sb = moved.init(a), plain.init(b)
+    for grad in grads:
+        ua, sa = moved.update({"stack": grad}, sa, a, learning_rate=1.0)
+        ub, sb = plain.update({"stack": grad.transpose(1, 2, 0)}, sb, b, learning_rate=1.0)
+    np.testing.assert_allclose(ua["stack"].transpose(1, 2, 0), ub["stack"], atol=2e-4)
+    assert list(sa["learned"]) == ["20x3x24-2-0-0-2"]
+    with config.unlocked():
+        config.tensors.matrix = (("stack", 1, 3),)
+    with pytest.raises(UserError, match="matrix axes of 'stack'"):
+        build(config).init(a)
+
+
 def test_weight_decay_is_decoupled_and_masked() -> None:
     plain = load_optimizer("celo2").as_optax(learning_rate=0.1)
     mask = {"dense": {"kernel": True, "bias": False}, "out": {"kernel": True}}

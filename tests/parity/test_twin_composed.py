@@ -95,7 +95,7 @@ def test_a_tie_of_factored_axes_is_taken_from_the_table():
     """And the tolerance of these comparisons is far below what a swap of the axes changes."""
     axes = (1, 0)
     config = load("celo2_base").optimizer.to_dict()
-    config["tensors"] = {"matrix": "last_two", "factored": (("w", *axes),)}
+    config["tensors"] = {"matrix": (), "factored": (("w", *axes),)}
     config["schedule"] = {"kind": "constant", "value": 1.0}
     composed = build(config)
     theta = _theta(composed.theta)
