@@ -253,6 +253,12 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
         options = {k: theta_init[k] for k in ("feature", "channel") if k in theta_init}
         optimizer = optimizer.with_theta({"update_rule": optimizer.update_rule.hand_made(**options)})
     elif kind == "file":
+        require(
+            bool(theta_init.get("path")),
+            "theta_init.path",
+            theta_init.get("path", ""),
+            "a file or a run folder",
+        )
         from celo_nnx.theta_io import load_theta
 
         optimizer = optimizer.with_theta(load_theta(theta_init["path"], like=optimizer.theta))

@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from celo_nnx.replay import main as replay
 
-    return replay(args.files, args.tolerance)
+    return replay(args.files, args.tolerance, twin=args.twin)
 
 
 def _bench_meta(args: argparse.Namespace) -> int:
@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         "replay golden/celo2_wd0.npz --tolerance 1e-6",
     )
     sub.add_argument("files", nargs="+", metavar="FILE", help="a recorded .npz or .json")
-    sub.add_argument("--tolerance", type=float, metavar="X", help="in place of each file's own")
+    sub.add_argument("--tolerance", type=float, metavar="X", help="besides each file's own")
+    sub.add_argument("--twin", action="store_true", help="replay with the plain second implementation")
 
     bench = commands.add_parser(
         "bench",

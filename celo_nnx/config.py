@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, require, unknown
 
 
 def meta_section() -> dict[str, Any]:
@@ -94,7 +94,12 @@ def _get_config(module: Any, argument: str, source: str) -> ConfigDict:
     takes = bool(inspect.signature(module.get_config).parameters)
     if argument and not takes:
         raise UserError(f"config {source} takes no argument, got {argument!r}")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"get_config of {source} failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {source} returned {type(config).__name__}, expected a ConfigDict")
     return config
@@ -187,9 +192,23 @@ def resolve(config: ConfigDict) -> ConfigDict:
     from celo_nnx import build
 
     config = ConfigDict(config.to_dict())
-    for section in ("seed", "optimizer", "theta_init", "tasks", "meta", "run"):
+    sections = ("seed", "optimizer", "theta_init", "tasks", "meta", "run")
+    for section in sections:
         if section not in config:
             raise UserError(f"the config has no section {section!r}")
+    seed = config.seed
+    require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
+    starts = dict(kind="random", noise=0.0, path="")
+    for where, known in (
+        ("config", sections),
+        ("theta_init", (*starts, "feature", "channel")),
+        ("run", run_section()),
+    ):
+        for key in config if where == "config" else config[where]:
+            if key not in known:
+                raise unknown(f"key of {where},", key, known)
+    config.theta_init = ConfigDict(starts | config.theta_init.to_dict())
+    config.run = ConfigDict(run_section() | config.run.to_dict())
     config.optimizer = ConfigDict(build.resolve(config.optimizer.to_dict()))
     return config.lock()
 

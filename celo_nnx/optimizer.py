@@ -179,6 +179,10 @@ class LearnedOptimizer(nnx.Module):
         """Returns the route of each path; decided by path and shape alone, so the same at every call."""
         table = {}
         for path, leaf in tensor_paths(params):
+            if path in table:
+                raise UserError(f"two parameters have the path {path!r}: rename one of them")
+            if not hasattr(leaf, "dtype"):
+                raise UserError(f"parameter {path!r} is a {type(leaf).__name__}, not an array")
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise UserError(f"parameter {path!r} has dtype {leaf.dtype}: floating-point parameters only")
             route = self.routing(path, leaf.shape)
@@ -194,7 +198,7 @@ class LearnedOptimizer(nnx.Module):
         """Returns the learned tensors by name of their shape, in flatten order."""
         groups: dict[str, list[TensorSpec]] = {}
         for path, leaf in tensor_paths(params):
-            if table[path] == LEARNED:
+            if table[path] == LEARNED and leaf.size:
                 spec = self.tensors.spec(path, leaf.shape)
                 name = "x".join(str(n) for n in leaf.shape) or "scalar"
                 usual = Tensors().spec(path, leaf.shape)
@@ -263,40 +267,28 @@ class LearnedOptimizer(nnx.Module):
           UserError: the trees of gradients, parameters and state do not match.
         """
         check_like(grads, params, "gradient")
-        leaves = tensor_paths(params)
-        table = self._routes(params)
-        groups = self._groups(params, table)
-        for name, specs in groups.items():
-            one = jax.eval_shape(
-                lambda spec=specs[0]: {n: a.init(spec) for n, a in self.accumulators.items()}
-            )
-            lead = (len(specs),) if len(specs) > 1 else ()
-            want = [(*lead, *x.shape) for x in jax.tree.leaves(one)]
-            if [x.shape for x in jax.tree.leaves(state["learned"].get(name))] != want:
-                raise UserError(f"the optimizer state does not hold {len(specs)} tensors of shape {name}")
+        check_like(state, jax.eval_shape(self.init, params), "optimizer state")
+        leaves, grad_of = tensor_paths(params), dict(tensor_paths(grads))
+        mask = _decayed(decay_mask, params)
         lr = self.schedule(state["count"], state["num_steps"]) if learning_rate is None else learning_rate
         decay = self.weight_decay if weight_decay is None else weight_decay
-        mask = [True] * len(leaves) if decay_mask is None else jax.tree.leaves(decay_mask)
-        flat_grads = [g.astype(jnp.float32) for g in jax.tree.leaves(grads)]
-        steps: dict[str, Array] = {}
-        learned: dict[str, PyTree] = {}
-        others: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
-        for (path, param), grad in zip(leaves, flat_grads, strict=True):
-            if table[path] != LEARNED:
-                pair = others.setdefault(table[path], ({}, {}))
-                pair[0][path], pair[1][path] = grad, param
-        pairs = {path: (g, p) for (path, p), g in zip(leaves, flat_grads, strict=True)}
-        for name, specs in groups.items():
+        table = self._routes(params)
+        pairs = {path: (grad_of[path].astype(jnp.float32), param) for path, param in leaves}
+        steps = {path: jnp.zeros(p.shape, jnp.float32) for path, p in leaves if not p.size}
+        learned, routes = {}, {}
+        for name, specs in self._groups(params, table).items():
             made, learned[name] = self._group(specs, [pairs[s.path] for s in specs], state["learned"][name])
             steps.update(zip((s.path for s in specs), made, strict=True))
-        routes = {}
-        for name, (gs, ps) in others.items():
+        for name in state["routes"]:
+            gs, ps = ({p: pairs[p][i] for p, _ in leaves if table[p] == name} for i in (0, 1))
             made, routes[name] = self.routes[name].update(gs, state["routes"][name], ps, state["count"])
             steps.update(made)
         updates = []
-        for (path, param), decayed in zip(leaves, mask, strict=True):
+        for path, param in leaves:
             rate = lr if table[path] == LEARNED else lr * self.routes[table[path]].multiplier
-            step = steps[path] + decay * param.astype(jnp.float32) if decay and decayed else steps[path]
+            step = steps[path]
+            if mask[path] and not (isinstance(decay, (int, float)) and decay == 0):
+                step = step + decay * param.astype(jnp.float32)
             updates.append((-rate * step).astype(param.dtype))
         count = optax.safe_increment(state["count"])
         new_state = {"count": count, "num_steps": state["num_steps"], "learned": learned, "routes": routes}
@@ -316,7 +308,7 @@ class LearnedOptimizer(nnx.Module):
 
         def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], None]:
             state, steps = carry
-            grad, param = lax.switch(i, [lambda pair=pair: pair for pair in pairs])
+            grad, param = lax.switch(i, [lambda g=g, p=p: (g, p.astype(jnp.float32)) for g, p in pairs])
             own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
             step, new = self._learned(specs[0], grad, param, own)
             put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
@@ -407,7 +399,12 @@ class LearnedOptimizer(nnx.Module):
             raise UserError(
                 "num_steps is required: the schedule of this optimizer uses the length of the run"
             )
-        require(num_steps is None or num_steps >= 1, "num_steps", num_steps, "an integer of at least 1")
+        whole = isinstance(num_steps, int) and num_steps >= 1
+        require(num_steps is None or whole, "num_steps", num_steps, "an integer of at least 1")
+        for name, number in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            fixed = isinstance(number, (int, float, str))
+            good = not fixed or (not isinstance(number, str) and number >= 0)
+            require(good, name, number, "a number of at least 0")
         optimizer = self
 
         def init(params: PyTree) -> PyTree:
@@ -429,6 +426,18 @@ class LearnedOptimizer(nnx.Module):
             )
 
         return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _decayed(mask: PyTree | None, params: PyTree) -> dict[str, bool]:
+    """Returns whether each path is decayed, from a mask that may be a prefix of the parameters' tree."""
+    if mask is None:
+        return {path: True for path, _ in tensor_paths(params)}
+    try:
+        return dict(tensor_paths(jax.tree.broadcast(mask, params)))
+    except ValueError as error:
+        raise UserError(
+            f"the weight decay mask does not fit the parameters: {error}".split("\n")[0]
+        ) from None
 
 
 def _stacked(tree: PyTree, count: int) -> PyTree:

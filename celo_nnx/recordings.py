@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import zipfile
 import zlib
@@ -67,8 +66,11 @@ class Recording:
 
     def tolerance(self, name: str, default: float) -> float:
         """Returns a bound from the JSON's ``tolerance``, or the default where it states none."""
-        value = self.field("tolerance", dict, {}).get(name, default)
-        return _number(0.0, math.inf)(f"{self.file}: tolerance.{name}", value)
+        return self.bound(name, self.field("tolerance", dict, {}).get(name, default))
+
+    def bound(self, name: str, value: Any) -> float:
+        """Checks one bound of the JSON's ``tolerance``."""
+        return _number(0.0, 1e6)(f"{self.file}: tolerance.{name}", value)
 
 
 def read(path: str | Path) -> Recording:

@@ -163,9 +163,7 @@ def composed_optimizer(spec: Spec) -> Optimizer:
 
     for name in ("bias_correction", "precondition_output"):
         if spec[name]:
-            raise UserError(
-                f"constructor field {name} = True has no part that does it; replay it with the twin"
-            )
+            raise UserError(f"constructor field {name} = True has no part that does it; try --twin")
     config = load("celo2_published").optimizer.to_dict()
     for name, field in _BANKS.items():
         config["accumulators"][name] |= {"decays": spec[field]}
@@ -184,12 +182,9 @@ def composed_optimizer(spec: Spec) -> Optimizer:
         config["orthogonalization"] = {"kind": "newton_schulz"} | newton_schulz
     if not spec["normalize_input"]:
         config["normalization"] = identity
-    if spec["normalize_output"]:
-        config["output_normalization"] |= {"gain": spec["rmsmult"]}
-    elif spec["rmsmult"] == 1.0:
+    if not spec["normalize_output"]:
         config["output_normalization"] = identity
-    else:
-        raise UserError("constructor field rmsmult needs normalize_output = True; replay it with the twin")
+    config["output_normalization"] = config["output_normalization"] | {"gain": spec["rmsmult"]}
     config["schedule"] = {"kind": "constant", "value": spec["step_mult"]}
     config["weight_decay"] = spec["weight_decay"]
     config["routing"] = {"kind": "table", "table": tuple((path, route) for path, route, _ in spec.leaves)}
@@ -275,6 +270,7 @@ def _inner_unroll(recording: Recording, twin: bool) -> Errors:
             isinstance(scale, int | float) and scale > 0, f"{recording.file}: scale", scale, "a number > 0"
         )
         bound = bounds.get(str(scale), 1e-5) if isinstance(bounds, dict) else bounds
+        bound = recording.bound(f"params_abs of scale {scale}", bound)
         losses = recording.array(f"losses_scale{scale}", (steps,))
         s = np.float32(scale)
         params = {k.replace("|", "/"): x / s for k, x in start.items()}
@@ -282,7 +278,7 @@ def _inner_unroll(recording: Recording, twin: bool) -> Errors:
         errors.append(_error(got_losses, losses, recording.tolerance("losses_abs", 5e-5)))
         for key, x in start.items():
             final = recording.array(f"final_scale{scale}/{key}", x.shape)
-            errors.append(_error(got[key.replace("|", "/")], final, float(bound)))
+            errors.append(_error(got[key.replace("|", "/")], final, bound))
     require(bool(errors), f"{recording.file}: scales", [], "at least one scale")
     return errors
 
@@ -395,6 +391,7 @@ def _normalizer(recording: Recording, twin: bool) -> Errors:
 
     loss = recording.array("loss")
     want = recording.array("normalized", loss.shape)
+    require(loss.size > 0, f"{recording.file}: number of losses", loss.size, "at least 1")
     if twin:
         top = np.float32(1.5 * math.log(10.0))
         got = np.where(np.isnan(loss), top, np.minimum(np.maximum(loss, 0), top))

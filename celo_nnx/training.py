@@ -101,14 +101,14 @@ def train(
     known = _read_config(run_dir)
     if known is None:
         _check_free(run_dir)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _disk_errors(run_dir):
         if known is not None:
             stack.enter_context(lock.hold(run_dir))
             _agree(settings, _read_config(run_dir) or {}, f"the run in {run_dir}")
         devices = choose_devices(
             settings["run"]["devices"], settings["meta"]["estimator"]["pairs"], _recorded_devices(run_dir)
         )
-        work = assemble(config, devices)
+        work = assemble(config, devices, resumed=bool(checkpoint.steps(run_dir / "checkpoints")))
         if known is None:  # only now, so that a mistake in the config leaves no folder behind
             _make_folder(run_dir)
             stack.enter_context(lock.hold(run_dir))
@@ -117,12 +117,23 @@ def train(
         return _run(settings, run_dir, work, devices, progress, stop or (lambda: 0))
 
 
-def assemble(config: Any, devices: int) -> Work:
+@contextlib.contextmanager
+def _disk_errors(run_dir: Path) -> Iterator[None]:
+    """Tells what the operating system refuses in one line."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        raise UserError(f"the run directory {run_dir} cannot be used: {what}") from error
+
+
+def assemble(config: Any, devices: int, resumed: bool = False) -> Work:
     """Builds the optimizer with its first theta, the task families and the trainer.
 
     Args:
       config: the run's config.
       devices: from :func:`celo_nnx.devices.choose_devices`.
+      resumed: theta comes from a checkpoint, so that a start from a file does not need the file again.
 
     Returns:
       The run's work; theta and the root key come from ``config.seed``.
@@ -133,7 +144,7 @@ def assemble(config: Any, devices: int) -> Work:
 
     families = build_families(config.tasks, config.run.data_dir)
     theta_key, _ = _keys(config.seed)
-    optimizer = build(config.optimizer, key=theta_key, theta_init=config.theta_init)
+    optimizer = build(config.optimizer, key=theta_key, theta_init=None if resumed else config.theta_init)
     trainer = build_trainer(config, optimizer, families, devices=devices)
     return Work(trainer, tuple(f.name for f in families), {f.name: data_digest(f) for f in families})
 
@@ -160,7 +171,12 @@ def _run(
     # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
     loaded = checkpoint.load(folder, jax.eval_shape(work.trainer.init, root))
     info = _environment(devices) | {"data": work.data}
+    _note_start(run_dir, None, info)
     start = 0
+    if loaded is None and ((run_dir / FILE_NAME).exists() or runlog_rows(run_dir)):
+        raise UserError(
+            f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
+        )
     if loaded is not None:
         start, state, record = loaded
         _agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
@@ -376,10 +392,21 @@ def _recorded_devices(run_dir: Path) -> int:
         return 0
 
 
-def _note_start(run_dir: Path, iteration: int, info: dict[str, Any]) -> None:
+def runlog_rows(run_dir: Path) -> bool:
+    """Tells whether the run has logged anything."""
+    path = run_dir / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
+def _note_start(run_dir: Path, iteration: int | None, info: dict[str, Any]) -> None:
+    """Notes a start in ``run_info.json``; without an iteration only checks that it can be noted."""
     path = run_dir / "run_info.json"
     before = read_json(path)
     starts = before.get("starts", []) if isinstance(before, dict) else []
+    if not isinstance(starts, list):
+        raise UserError(f"{path} is not the record of a run's starts; remove it to go on without")
+    if iteration is None:
+        return
     start = {"time": round(time.time(), 3), "iteration": iteration}
     start |= {k: v for k, v in info.items() if k != "data"}
     write_json(path, {"data": info["data"], "starts": [*starts, start]})

@@ -98,7 +98,7 @@ def config(iterations: int = 12, **run: Any) -> dict[str, Any]:
 def assembled(pause: float = 0.0, data: str = "0" * 64) -> Any:
     """Patches :func:`celo_nnx.training.assemble` to give the stand-in."""
 
-    def assemble(config: Any, devices: int) -> training.Work:
+    def assemble(config: Any, devices: int, resumed: bool = False) -> training.Work:
         per = config["run"]["iterations_per_dispatch"]
         return training.Work(trainer(per, pause), ("one", "two"), {"one": data})
 

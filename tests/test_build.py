@@ -81,6 +81,9 @@ def test_kind_override_takes_the_new_parts_defaults_in_any_order() -> None:
         ("optimizer.schedule", "not of the form key=value"),
         ("optimizer.schedule=3", "is a section"),
         ("sede=3", "did you mean 'seed'"),
+        ("seed=-1", "seed = -1 is out of range"),
+        ("theta_init.kind=file", "theta_init.path = '' is out of range"),
+        ("optimizer.tensors.matrix=1", "rows of \\(path, axis, axis\\)"),
         ("theta_init.kind=handmade", "did you mean 'hand_made'"),
         ("theta_init.noise=-0.5", "theta_init.noise = -0.5 is out of range"),
         ("meta.estimator.kind=pess", "did you mean 'pes'"),
@@ -113,7 +116,16 @@ def test_a_config_file_of_ones_own(tmp_path: Path) -> None:
     )
     assert load(str(path)).optimizer.orthogonalization.steps == 7
     path.write_text("def get_config():\n    return 1 / 0\n")
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        load(str(path))
+    path.write_text(
+        "from celo_nnx.experiments import celo2\n"
+        "def get_config():\n"
+        "    config = celo2.get_config('fast_digits')\n"
+        "    config.run.iteration = 7\n"
+        "    return config\n"
+    )
+    with pytest.raises(UserError, match="did you mean 'iterations'"):
         load(str(path))
     path.write_text("x = = 1\n")
     with pytest.raises(UserError, match="SyntaxError"):

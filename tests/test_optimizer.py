@@ -138,6 +138,31 @@ def test_nnx_optimizer_trains_a_model() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
+def test_gradients_are_matched_by_path() -> None:
+    """A list of more than ten is flattened in another order than a dict with its positions as keys."""
+    rng = np.random.default_rng(5)
+    params = {str(i): jnp.ones((3, 20)) for i in range(11)}
+    grads = [jnp.asarray(rng.normal(size=(3, 20)), jnp.float32) for _ in range(11)]
+    tx = load_optimizer("celo2_base").as_optax()
+    a, _ = tx.update(grads, tx.init(params), params)
+    b, _ = tx.update({str(i): g for i, g in enumerate(grads)}, tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_empty_tensors_mixed_dtypes_and_a_mask_prefix() -> None:
+    params = {
+        "none": jnp.zeros((0, 4)),
+        "half": jnp.ones((4, 20), jnp.bfloat16),
+        "full": {"a": jnp.ones((4, 20)), "c": jnp.ones((4, 20))},
+    }
+    tx = load_optimizer("celo2").as_optax(weight_decay=1.0, mask={"none": 0, "half": 1, "full": False})
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["none"].shape == (0, 4) and updates["half"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(updates["full"]["a"], updates["full"]["c"])
+    assert not np.allclose(updates["half"].astype(jnp.float32), updates["full"]["a"], atol=1e-5)
+
+
 def test_donated_state_and_vmap() -> None:
     tx = load_optimizer("celo2").as_optax()
     update = jax.jit(tx.update, donate_argnums=1)
@@ -187,8 +212,17 @@ def test_errors_name_the_tensor() -> None:
         tx.update({**GRADS, "more": jnp.ones(3)}, state, PARAMS)
     with _raises("'i' has dtype int32"):
         tx.init({"i": jnp.ones((2, 2), jnp.int32)})
-    with _raises("does not hold"):
+    with _raises("optimizer state tree"):
         tx.update({"w": jnp.ones((9, 9))}, state, {"w": jnp.ones((9, 9))})
+    with _raises("two parameters have the path 'a/b'"):
+        tx.init({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+    with _raises("'x' is a float"):
+        tx.init({"x": 1.0})
+    with _raises("mask does not fit"):
+        load_optimizer("celo2").as_optax(weight_decay=1.0, mask={"dense": True}).update(GRADS, state, PARAMS)
+    for bad in ({"learning_rate": -1.0}, {"weight_decay": -1}, {"num_steps": 2.5}, {"learning_rate": "x"}):
+        with _raises("is out of range"):
+            load_optimizer("celo2").as_optax(**bad)
     with _raises("update needs params"):
         tx.update(GRADS, state)
     opt = load_optimizer("celo2")

@@ -19,6 +19,7 @@ SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) f
 
 
 def test_it_shows_code() -> None:
+    assert not re.search(r"[A-Z]+_TABLE|TODO", README)
     assert len(PYTHON) == 3 and sum(line.startswith("celo-nnx") for line in SHELL) >= 3
 
 

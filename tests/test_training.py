@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 from celo_nnx import training
 from celo_nnx.devices import choose_devices, largest_divisor
 from celo_nnx.errors import UserError
-from celo_nnx.meta import lock, runlog
+from celo_nnx.meta import checkpoint, lock, runlog
 from celo_nnx.theta_io import load_theta, read_metadata, save_theta
 
 
@@ -299,3 +300,25 @@ def test_theta_file(tmp_path: Path) -> None:
         load_theta(file)
     with pytest.raises(UserError, match="no theta at"):
         load_theta(tmp_path / "none")
+
+
+def test_results_without_a_checkpoint_are_not_overwritten(whole: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    shutil.rmtree(copy / "checkpoints")
+    refused("has results but no checkpoint", copy)
+
+
+def test_a_renamed_step_is_refused(whole: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    newest = checkpoint.steps(copy / "checkpoints")[-1]
+    (copy / "checkpoints" / str(newest)).rename(copy / "checkpoints" / str(newest + 1000))
+    refused("do not match its digest", copy)
+
+
+def test_damaged_start_record(whole: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    (copy / "run_info.json").write_text('{"starts": 5}')
+    refused("not the record of a run's starts", copy)

@@ -87,7 +87,11 @@ def save(directory: Path, step: int, state: Any, record: Record, keep: int = 2) 
 
     training = ocp.training
     arrays = to_host(state)
-    metadata = {"format": FORMAT, "record": record, "digest": digest(arrays, record)}
+    metadata = {
+        "format": FORMAT,
+        "record": record,
+        "digest": digest(arrays, {"record": record, "step": step}),
+    }
     with training.Checkpointer(
         directory.absolute(),
         # Orbax's default policy skips a save while another one runs.
@@ -168,7 +172,7 @@ def load_step(directory: Path, step: int, like: Any) -> tuple[Any, Record]:
     for name, leaf in flatten(like).items():
         shape, dtype = _shape_dtype(leaf)
         arrays[name] = np.asarray(stored[name]) if math.prod(shape) else np.zeros(shape, dtype)
-    if digest(arrays, record) != expected:
+    if digest(arrays, {"record": record, "step": step}) != expected:
         raise UserError(f"checkpoint {path} is damaged: its contents do not match its digest")
     leaves = [_typed(arrays[name], leaf) for name, leaf in flatten(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), record

@@ -48,10 +48,18 @@ class SecondMomentNorm(Normalization):
 
 
 class Identity(Normalization):
-    """Leaves planes as they are."""
+    """Leaves planes as they are, but for a constant factor.
+
+    Args:
+      gain: the factor, above 0.
+    """
+
+    def __init__(self, *, gain: float = 1.0) -> None:
+        require(gain > 0, "gain", gain, "a number above 0")
+        self.gain = float(gain)
 
     def axes(self, spec: TensorSpec) -> tuple[int, ...]:
         return tuple(range(len(spec.shape)))
 
     def scale(self, mean_square: Array) -> Array:
-        return jnp.ones_like(mean_square)
+        return jnp.full_like(mean_square, self.gain)
