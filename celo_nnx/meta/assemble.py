@@ -34,7 +34,7 @@ def _choose(
       given: arguments that are not the user's to set.
 
     Raises:
-      UserError: for a missing or unknown kind, or an unknown or missing argument.
+      UserError: for a missing or unknown kind, or an unknown argument.
     """
     if not isinstance(section, Mapping) and not hasattr(section, "items"):
         raise UserError(f"{name} = {section!r} must be a section with a key 'kind'")
@@ -47,9 +47,6 @@ def _choose(
     for key in arguments:
         if key not in [p.name for p in known]:
             raise unknown(f"key of {name}", key, ["kind", *(p.name for p in known)])
-    for parameter in known:
-        if parameter.default is parameter.empty and parameter.name not in arguments:
-            raise UserError(f"{name} of kind {kind!r} needs the key {parameter.name!r}")
     return functools.partial(table[kind], **arguments)
 
 

@@ -136,11 +136,8 @@ def test_mistakes_in_the_config_are_named(toy, changes, message):
         build_trainer(config(**changes), toy.Drift(), [toy.family()])
 
 
-def test_missing_sections_and_arguments_are_named(toy):
+def test_missing_sections_are_named(toy):
     meta = config().meta
-    meta.unroll = {"kind": "constant"}
-    with pytest.raises(UserError, match="needs the key 'length'"):
-        build_estimator(meta, toy.Drift(), [toy.family()])
     del meta.unroll
     with pytest.raises(UserError, match="no section meta.unroll"):
         build_estimator(meta, toy.Drift(), [toy.family()])
