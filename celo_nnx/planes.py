@@ -37,19 +37,16 @@ def fence(function: Callable[..., Array], like: Array, *args: PyTree) -> Array:
     return lax.cond(taken, function, lambda *_: jnp.zeros(like.shape, like.dtype), *args)
 
 
-def rows(tree: PyTree, rank: int, start: int | Array, size: int, full: int) -> PyTree:
+def rows(tree: PyTree, rank: int, start: int, size: int, full: int) -> PyTree:
     """Slices rows ``start .. start+size-1`` (axis -2) of every array that has all ``full`` of them.
 
-    Planes with size 1 on that axis, and leading bank axes, pass through. A traced ``start`` takes a
-    dynamic slice.
+    Planes with size 1 on that axis, and leading bank axes, pass through.
     """
 
     def cut(x: Array) -> Array:
         if x.ndim < 2 or x.ndim < rank or x.shape[-2] != full or full == 1:
             return x
-        if isinstance(start, int):
-            return lax.slice_in_dim(x, start, start + size, axis=x.ndim - 2)
-        return lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 2)
+        return lax.slice_in_dim(x, start, start + size, axis=x.ndim - 2)
 
     return jax.tree.map(cut, tree)
 

@@ -54,7 +54,7 @@ def adamw(
 META_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw}
 
 
-# LLVM avoids 512-bit vectors by default; the update MLP is 15 % faster with them where the CPU has them.
+# LLVM avoids 512-bit vectors by default; the update MLP is faster with them where the CPU has them.
 COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 
 
