@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
@@ -21,7 +22,9 @@ from celo_nnx.components.routing import ROUTINGS
 from celo_nnx.components.schedules import SCHEDULES
 from celo_nnx.components.update_rules import ROUTE_RULES, STEPS, UPDATE_RULES
 from celo_nnx.errors import UserError, require, unknown
-from celo_nnx.optimizer import LearnedOptimizer, Tensors, tensor_paths
+from celo_nnx.optimizer import LearnedOptimizer
+from celo_nnx.precision import Storage
+from celo_nnx.tensors import Tensors, tensor_paths
 
 ENTRY_POINTS = "celo_nnx.components"  # an entry point is named KIND.NAME, "features.sign_gradient" say
 
@@ -47,8 +50,9 @@ SLOTS = {
     "schedule": "schedules",
     "routing": "routing",
 }
+PLAIN = {"tensors": Tensors, "state": Storage}
 GROUPS = {"accumulators": "accumulators", "routes": "route_rules"}
-SCALARS = ("gradient_clip", "weight_decay")
+SCALARS = ("gradient_clip", "weight_decay", "tile")
 
 
 def find(kind: str, name: str) -> type:
@@ -104,13 +108,14 @@ def resolve(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: a missing or unknown section, an unknown part or key.
     """
-    known = (*GROUPS, "features", *SLOTS, "tensors", *SCALARS)
+    known = (*GROUPS, "features", *SLOTS, *PLAIN, *SCALARS)
     for key in optimizer:
         if key not in known:
             raise unknown("key of optimizer,", key, known)
     for key in known:
-        if key not in optimizer:
+        if key not in optimizer and key not in PLAIN and key != "tile":
             raise UserError(f"optimizer has no section {key!r}")
+    optimizer = {"tile": 0} | dict(optimizer)
     out: dict[str, Any] = {key: optimizer[key] for key in SCALARS}
     for group, kind in GROUPS.items():
         sections = optimizer[group].items()
@@ -131,19 +136,31 @@ def resolve(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     for name in options:
         find("features", name)  # options of a group that is left out are kept: an ablation may drop a group
     out["features"] = {"groups": groups, "options": {n: v for n, v in filled.items() if v}}
-    tensors = dict(optimizer["tensors"])
-    for key in tensors:
-        if key not in ("matrix", "factored"):
-            raise unknown("key of optimizer.tensors,", key, ("matrix", "factored"))
-    out["tensors"] = {key: _axes_table(key, tensors.get(key, ())) for key in ("matrix", "factored")}
+    for name, made in PLAIN.items():
+        section = dict(optimizer.get(name, {}))
+        defaults = {f.name: f.default for f in dataclasses.fields(made) if f.name != "given"}
+        for key in section:
+            if key not in defaults:
+                raise unknown(f"key of optimizer.{name},", key, defaults)
+        out[name] = defaults | section
+    for key in ("matrix", "factored"):
+        out["tensors"][key] = _axes_table(key, out["tensors"][key])
     return out
 
 
-def _axes_table(key: str, table: Any) -> tuple[tuple[str, int, int], ...]:
-    """Checks rows (path or pattern, axis, axis) of ``optimizer.tensors``."""
-    rows = tuple(tuple(row) if isinstance(row, (tuple, list)) else (row,) for row in table)
-    for row in rows:
-        good = len(row) == 3 and isinstance(row[0], str) and all(type(a) is int for a in row[1:])
+def _axes_table(key: str, table: Any) -> tuple[tuple[Any, ...], ...]:
+    """Checks rows (path or pattern, axis, axis) of ``optimizer.tensors``; rows and columns may be several."""
+
+    def axes(value: Any) -> Any:
+        if key == "matrix" and isinstance(value, (tuple, list)):
+            return tuple(value) if value and all(type(a) is int for a in value) else None
+        return value if type(value) is int else None
+
+    rows = []
+    for row in table:
+        row = tuple(row) if isinstance(row, (tuple, list)) else (row,)
+        made = (row[0], *(axes(a) for a in row[1:]))
+        good = len(row) == 3 and isinstance(row[0], str) and None not in made
         require(good, f"optimizer.tensors.{key}", row, "rows of (path, axis, axis)")
         try:
             re.compile(row[0] if key == "matrix" else "")
@@ -151,7 +168,8 @@ def _axes_table(key: str, table: Any) -> tuple[tuple[str, int, int], ...]:
             raise UserError(
                 f"optimizer.tensors.{key}: {row[0]!r} is not a regular expression: {error}"
             ) from None
-    return rows
+        rows.append(made)
+    return tuple(rows)
 
 
 def _part(kind: str, section: Mapping[str, Any], where: str, **context: Any) -> Any:
@@ -227,8 +245,8 @@ def build(
         update_rule=rule,
         routes={n: _part("route_rules", s, f"optimizer.routes.{n}") for n, s in config["routes"].items()},
         tensors=Tensors(**config["tensors"]),
-        gradient_clip=config["gradient_clip"],
-        weight_decay=config["weight_decay"],
+        state=Storage(**config["state"]),
+        **{name: config[name] for name in SCALARS},
         **parts,
     )
     return start(made, theta_init or {"kind": "random"}, jax.random.fold_in(key, 1))
@@ -310,13 +328,16 @@ def _plain(value: Any) -> bool:
 
 def _state_bytes(optimizer: LearnedOptimizer) -> list[str]:
     side = 1024
-    spec = optimizer.tensors.spec("w", (side, side))
+    spec = optimizer.tensors.specs({"w": (side, side)})["w"]
     param = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
 
     def size(tree: Any) -> float:
         return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) / side**2
 
-    learned = jax.eval_shape(lambda: {n: a.init(spec) for n, a in optimizer.accumulators.items()})
+    stored = optimizer.state.init
+    learned = jax.eval_shape(
+        lambda: {n: stored(a.init(spec), spec.shape) for n, a in optimizer.accumulators.items()}
+    )
     lines = [f"state of a learned {side} x {side} tensor: {size(learned):.2f} bytes a parameter"]
     for name, rule in optimizer.routes.items():
         lines.append(f"state on route {name}: {size(jax.eval_shape(rule.init, param)):.2f} bytes a parameter")

@@ -54,26 +54,56 @@ class TensorSpec:
 
     Attributes:
       path: the tensor's place in the tree, keys joined by ``/``.
-      shape: the shape that the rule works on: the tensor's own, ``(1,)`` for a scalar, the last two axes
-        exchanged where ``flipped``.
-      matrix: the two axes (rows, columns) that normalization and orthogonalization treat as the matrix,
-        the rest being a batch; None for rank 1, where the only axis plays both parts.
-      factored: axes ``(d1, d0)`` of the factored second moment, the second largest and the largest
-        (OPTIMIZERS section 1.4), or None below rank 2.
-      flipped: the last axis is shorter than a vector register and the one before it longer, so the rule
-        works on the transposed tensor; state is kept that way.
+      shape: the working shape: what the rule works on and state is kept in. Batch axes first, then the two
+        sides of the matrix, each side's own axes merged; ``(n,)`` for a vector, ``(1,)`` for a scalar.
+      matrix: the two axes (rows, columns) of ``shape`` that normalization and orthogonalization treat as the
+        matrix, the rest being a batch; None for a vector, whose only axis plays both parts. The last two in
+        either order: the side shorter than a vector register comes first.
+      factored: axes ``(d1, d0)`` of ``shape`` of the factored second moment, the second largest and the
+        largest (OPTIMIZERS section 1.4), or None for a vector.
+      own: the tensor's own shape; ``shape`` by default.
+      rows, columns: the own axes merged into each side of the matrix; the last two by default.
     """
 
     path: str
     shape: tuple[int, ...]
     matrix: tuple[int, int] | None
     factored: tuple[int, int] | None
-    flipped: bool = False
+    own: tuple[int, ...] | None = None
+    rows: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
 
     @property
     def norm_axes(self) -> tuple[int, ...]:
         """The axes over which "matrix" statistics run: the matrix axes, or the only axis."""
         return self.matrix if self.matrix is not None else tuple(range(len(self.shape)))[-1:]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The own axes that are neither rows nor columns."""
+        return tuple(a for a in range(len(self.own or ())) if a not in self.rows + self.columns)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The own axes in the order of the working view; empty where nothing moves."""
+        if not self.rows or self.matrix is None:
+            return ()
+        flipped = self.matrix[0] > self.matrix[1]
+        order = self.batch + (self.columns + self.rows if flipped else self.rows + self.columns)
+        return () if order == tuple(range(len(order))) else order
+
+    def enter(self, x: Array) -> Array:
+        """Returns the working view ``[*shape]`` of the tensor's own array."""
+        return (x.transpose(self.order) if self.order else x).reshape(self.shape)
+
+    def leave(self, x: Array) -> Array:
+        """Returns the own array of a working view."""
+        if self.own is None:
+            return x
+        if not self.order:
+            return x.reshape(self.own)
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x.reshape([self.own[a] for a in self.order]).transpose(back)
 
 
 class Part(nnx.Module):
@@ -81,14 +111,26 @@ class Part(nnx.Module):
 
 
 class Accumulator(Part):
-    """A per-tensor statistic of the gradient."""
+    """A per-tensor statistic of the gradient.
+
+    Large tensors are worked on in tiles of rows (axis -2 of ``spec.shape``), so the update is split: what is
+    measured of the gradient, then the average. An ``elementwise`` accumulator takes the gradient as it is and
+    is updated tile by tile; any other may only reduce in ``measure``, by means over axes that are kept with
+    size 1, and sees the whole tensor's measure afterwards.
+    """
+
+    elementwise: bool = False
 
     def init(self, spec: TensorSpec) -> PyTree:
         """Returns the state at the start, float32."""
         raise NotImplementedError
 
-    def update(self, state: PyTree, grad: Array, spec: TensorSpec) -> PyTree:
-        """Returns the state after one gradient of shape ``spec.shape``."""
+    def measure(self, grad: Array, spec: TensorSpec) -> PyTree:
+        """Returns what the update needs of a gradient ``[*S]``, or of a tile of its rows."""
+        return grad
+
+    def update(self, state: PyTree, measured: PyTree, spec: TensorSpec) -> PyTree:
+        """Returns the state after one gradient."""
         raise NotImplementedError
 
     def read(self, state: PyTree, spec: TensorSpec) -> Any:
@@ -160,9 +202,15 @@ class UpdateRule(Part):
 
 
 class StepHead(Part):
-    """Turns direction and log-magnitude into a step."""
+    """Turns direction and log-magnitude into a step; ``tiled`` says whether it may be given tiles of both."""
 
-    def __call__(self, direction: Array, magnitude: Array, param: Array, spec: TensorSpec) -> Array:
+    tiled: bool = True
+
+    def factor(self, param: Array) -> Array | None:
+        """Returns a scalar of the whole parameter that multiplies the step; None for 1."""
+        return None
+
+    def __call__(self, direction: Array, magnitude: Array) -> Array:
         """Returns the step, to be subtracted, before orthogonalization and output normalization."""
         raise NotImplementedError
 
@@ -197,6 +245,7 @@ class Schedule(Part):
     """Gives the learning rate of an update."""
 
     needs_num_steps: bool = False
+    needs_value: bool = False
 
     def __call__(self, count: Array, num_steps: Array) -> Array:
         """Returns the learning rate (scalar) for update number ``count`` (0 first) of ``num_steps``."""

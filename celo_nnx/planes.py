@@ -37,7 +37,7 @@ def fence(function: Callable[..., Array], like: Array, *args: PyTree) -> Array:
     return lax.cond(taken, function, lambda *_: jnp.zeros(like.shape, like.dtype), *args)
 
 
-def rows(tree: PyTree, rank: int, start: int, size: int, full: int) -> PyTree:
+def rows(tree: PyTree, rank: int, start: Array | int, size: int, full: int) -> PyTree:
     """Slices rows ``start .. start+size-1`` (axis -2) of every array that has all ``full`` of them.
 
     Planes with size 1 on that axis, and leading bank axes, pass through.
@@ -46,7 +46,9 @@ def rows(tree: PyTree, rank: int, start: int, size: int, full: int) -> PyTree:
     def cut(x: Array) -> Array:
         if x.ndim < 2 or x.ndim < rank or x.shape[-2] != full or full == 1:
             return x
-        return lax.slice_in_dim(x, start, start + size, axis=x.ndim - 2)
+        if isinstance(start, int):
+            return lax.slice_in_dim(x, start, start + size, axis=x.ndim - 2)
+        return lax.dynamic_slice_in_dim(x, start, size, axis=x.ndim - 2)
 
     return jax.tree.map(cut, tree)
 
@@ -91,16 +93,24 @@ def block_mean_squares(
         small = jnp.stack([planes[j] for j in like])
         means = jnp.mean(small * small, tuple(a + 1 for a in axes), keepdims=True)
         squares.update(zip(like, means, strict=True))
-    squares.update(zip(big, _block_sums(function, tree, shape, big), strict=True))
+    if big:
+        sums = jnp.sum(row_sums(function, tree, shape, big), -1, keepdims=True)
+        squares.update(zip(big, sums / (shape[-2] * shape[-1]), strict=True))
     return jnp.stack([jnp.broadcast_to(squares[j], kept) for j in range(len(planes))])
 
 
-def _block_sums(
-    function: Callable[[PyTree], Sequence[Array]], tree: PyTree, shape: tuple[int, ...], chosen: list[int]
-) -> Array | list[Array]:
-    """Means over the last two axes of the squares of the chosen planes, by blocks of rows."""
-    if not chosen:
-        return []
+def row_sums(
+    function: Callable[[PyTree], Sequence[Array]], tree: PyTree, shape: tuple[int, ...], chosen: Sequence[int]
+) -> Array:
+    """Sums the squares of the chosen planes over rows, by blocks of rows that are added elementwise.
+
+    Args:
+      function, tree, shape: as in :func:`block_mean_squares`, of rank 2 or more.
+      chosen: which planes.
+
+    Returns:
+      ``[chosen, *shape with 1 on axis -2]``.
+    """
     full = shape[-2]
     count = next(b for b in range(min(BLOCKS, full), 0, -1) if full % b == 0)
     size = full // count
@@ -110,8 +120,7 @@ def _block_sums(
         squares = [made[j] * made[j] for j in chosen]
         total = [a + b for a, b in zip(total, squares, strict=True)] if total else squares
     kept = (*shape[:-2], 1, shape[-1])
-    lanes = jnp.stack([jnp.broadcast_to(_halve(x), kept) for x in total])
-    return jnp.sum(lanes, -1, keepdims=True) / (shape[-2] * shape[-1])
+    return jnp.stack([jnp.broadcast_to(_halve(x), kept) for x in total])
 
 
 def weighted_sum(planes: Sequence[Array], weights: Array, bias: Array, shape: tuple[int, ...]) -> list[Array]:

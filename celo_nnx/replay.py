@@ -189,7 +189,7 @@ def composed_optimizer(spec: Spec) -> Optimizer:
     config["weight_decay"] = spec["weight_decay"]
     config["routing"] = {"kind": "table", "table": tuple((path, route) for path, route, _ in spec.leaves)}
     factored = tuple((path, *axes) for path, _, axes in spec.leaves if axes is not None)
-    config["tensors"] = {"matrix": (), "factored": factored}
+    config["tensors"] = {"axes": "last_two", "matrix": (), "factored": factored}
     config["routes"] = {}
     if "adam_b1" in dict(spec.fields):
         adam = {"b1": spec["adam_b1"], "b2": spec["adam_b2"], "eps": spec["adam_epsilon"]}

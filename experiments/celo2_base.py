@@ -42,9 +42,11 @@ def rule() -> dict[str, Any]:
         schedule=dict(kind="constant", value=1e-3),
         routing=dict(kind="single"),
         routes={},
-        tensors=dict(matrix=(), factored=()),
+        tensors=dict(axes="networks", matrix=(), factored=()),
+        state=dict(dtype="float32", rounding="stochastic"),
         gradient_clip=1000.0,
         weight_decay=0.0,
+        tile=0,
     )
 
 

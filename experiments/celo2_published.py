@@ -10,7 +10,10 @@ from celo_nnx.experiments import celo2
 
 def rule() -> dict[str, Any]:
     """Returns the section ``optimizer`` (OPTIMIZERS section 5, factory settings)."""
-    return celo2.rule() | dict(routing=dict(kind="regex", pattern="/b$", route="adam"))
+    return celo2.rule() | dict(
+        routing=dict(kind="regex", pattern="/b$", route="adam"),
+        tensors=dict(axes="last_two", matrix=(), factored=()),
+    )
 
 
 def get_config(tasks: str = "fast_local") -> ConfigDict:

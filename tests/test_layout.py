@@ -14,19 +14,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAVES = {"errors", "interfaces", "planes"}
+KERNEL = LEAVES | {"precision", "tensors", "kernel"}
 # module or package of celo_nnx -> what it may import of celo_nnx
 ALLOWED = {
     "errors": set(),
     "interfaces": set(),
     "planes": set(),
-    "optimizer": LEAVES,
+    "precision": LEAVES,
+    "tensors": LEAVES,
+    "kernel": LEAVES | {"precision"},
+    "groups": LEAVES | {"kernel"},
+    "transform": LEAVES | {"tensors"},
+    "optimizer": KERNEL | {"groups", "transform"},
+    "drop_in": LEAVES | {"config", "optimizer"},
     "components": LEAVES,
     "experiments": {"config"},
     "meta": LEAVES,
     "tasks": LEAVES,
     "evaluation": LEAVES | {"tasks", "optimizer"},
-    "theta_io": LEAVES | {"optimizer", "meta"},
-    "build": LEAVES | {"components", "optimizer", "theta_io"},
+    "theta_io": LEAVES | {"meta"},
+    "build": LEAVES | {"components", "optimizer", "precision", "tensors", "theta_io"},
     "naive": LEAVES | {"naive_meta"},
     "naive_meta": LEAVES | {"naive"},
 }

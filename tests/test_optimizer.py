@@ -12,7 +12,7 @@ from flax import nnx
 from celo_nnx import UserError, load_optimizer
 from celo_nnx.build import build
 from celo_nnx.config import load
-from celo_nnx.optimizer import factored_axes
+from celo_nnx.tensors import factored_axes
 
 PARAMS = {
     "dense": {"kernel": jnp.ones((8, 24)), "bias": jnp.ones((24,))},
@@ -80,7 +80,7 @@ def test_matrix_axes_by_pattern() -> None:
         ua, sa = moved.update({"stack": grad}, sa, a, learning_rate=1.0)
         ub, sb = plain.update({"stack": grad.transpose(1, 2, 0)}, sb, b, learning_rate=1.0)
     np.testing.assert_allclose(ua["stack"].transpose(1, 2, 0), ub["stack"], atol=2e-4)
-    assert list(sa["learned"]) == ["20x3x24-2-0-0-2"]
+    assert list(sa["learned"]) == ["20x3x24-2-by-0-factored-2-1"]
     with config.unlocked():
         config.tensors.matrix = (("stack", 1, 3),)
     with pytest.raises(UserError, match="matrix axes of 'stack'"):

@@ -62,15 +62,17 @@ class Factored(Bank):
         shapes = {"row": self._shape(spec, d0), "column": self._shape(spec, d1)}
         return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
 
-    def update(self, state: dict[str, Array], grad: Array, spec: TensorSpec) -> dict[str, Array]:
+    def measure(self, grad: Array, spec: TensorSpec) -> dict[str, Array]:
         square = grad * grad + 1e-30
         if spec.factored is None:
-            return {"diagonal": self.mix(state["diagonal"], square)}
+            return {"diagonal": square}
         d1, d0 = spec.factored
-        return {
-            "row": self.mix(state["row"], jnp.mean(square, d0, keepdims=True)),
-            "column": self.mix(state["column"], jnp.mean(square, d1, keepdims=True)),
-        }
+        return {"row": jnp.mean(square, d0, keepdims=True), "column": jnp.mean(square, d1, keepdims=True)}
+
+    def update(
+        self, state: dict[str, Array], measured: dict[str, Array], spec: TensorSpec
+    ) -> dict[str, Array]:
+        return {name: self.mix(state[name], value) for name, value in measured.items()}
 
     def read(self, state: dict[str, Array], spec: TensorSpec) -> FactoredReading:
         if spec.factored is None:

@@ -19,14 +19,16 @@ class SecondMoment(Bank):
       1
     """
 
+    elementwise = True
+
     def __init__(self, *, decays: tuple[float, ...] = (0.95,)) -> None:
         super().__init__(decays=decays)
 
     def init(self, spec: TensorSpec) -> Array:
         return jnp.zeros((self.size, *spec.shape), jnp.float32)
 
-    def update(self, state: Array, grad: Array, spec: TensorSpec) -> Array:
-        return self.mix(state, grad * grad)
+    def update(self, state: Array, measured: Array, spec: TensorSpec) -> Array:
+        return self.mix(state, measured * measured)
 
     def read(self, state: Array, spec: TensorSpec) -> Array:
         return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.interfaces import StepHead, TensorSpec
+from celo_nnx.interfaces import StepHead
 
 Array = jax.Array
 
@@ -26,12 +26,16 @@ class DirectionStep(StepHead):
         self.parameter_scale = bool(parameter_scale)
         self.aggregate_magnitude = bool(aggregate_magnitude)
 
-    def __call__(self, direction: Array, magnitude: Array, param: Array, spec: TensorSpec) -> Array:
-        step = direction
-        if self.exp_mult:
-            if self.aggregate_magnitude:
-                magnitude = jnp.mean(magnitude)
-            step = step * jnp.exp(self.exp_mult * magnitude)
-        if self.parameter_scale:
-            step = step * jnp.sqrt(jnp.mean(param * param) + 1e-9)
-        return step
+    @property
+    def tiled(self) -> bool:
+        return not (self.exp_mult and self.aggregate_magnitude)
+
+    def factor(self, param: Array) -> Array | None:
+        return jnp.sqrt(jnp.mean(param * param) + 1e-9) if self.parameter_scale else None
+
+    def __call__(self, direction: Array, magnitude: Array) -> Array:
+        if not self.exp_mult:
+            return direction
+        if self.aggregate_magnitude:
+            magnitude = jnp.mean(magnitude)
+        return direction * jnp.exp(self.exp_mult * magnitude)

@@ -65,6 +65,7 @@ def _updates(rule, theta, params, grads):
 def _pair(name, decay=0.1):
     config = load(name).optimizer.to_dict()
     config |= {"weight_decay": decay, "schedule": {"kind": "constant", "value": 1.0}}
+    config["tensors"] |= {"axes": "last_two"}
     return build(config), from_config(ConfigDict(config))
 
 
@@ -95,7 +96,7 @@ def test_a_tie_of_factored_axes_is_taken_from_the_table():
     """And the tolerance of these comparisons is far below what a swap of the axes changes."""
     axes = (1, 0)
     config = load("celo2_base").optimizer.to_dict()
-    config["tensors"] = {"matrix": (), "factored": (("w", *axes),)}
+    config["tensors"] = {"axes": "last_two", "matrix": (), "factored": (("w", *axes),)}
     config["schedule"] = {"kind": "constant", "value": 1.0}
     composed = build(config)
     theta = _theta(composed.theta)

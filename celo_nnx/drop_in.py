@@ -1,0 +1,151 @@
+"""Learned optimizers in one call, in the place of ``optax.adamw`` or ``optax.contrib.muon``.
+
+========================  ==================================================================================
+``celo2``                 Matrices are orthogonalized as in Muon; biases, scales, embeddings take Adam at 20
+                          times the learning rate. The first choice for networks of matrices: transformers,
+                          MLPs, convolutions. Costs what Muon costs.
+``celo2_base``            The learned rule alone, one rule for every tensor. No matrix products: for models
+                          that are mostly embeddings or very wide, where Newton-Schulz costs too much.
+========================  ==================================================================================
+
+Learning rate: the RMS of a matrix's step, whatever the gradient's scale. Search around 1e-2 for networks
+that are trained from scratch with a decaying schedule, lower for wide ones. Weight decay is decoupled and
+multiplied by the learning rate, as in ``optax.adamw``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from celo_nnx.config import load_optimizer
+from celo_nnx.errors import UserError, unknown
+from celo_nnx.optimizer import LearnedOptimizer
+
+Array = jax.Array
+PyTree = Any
+Schedule = Callable[[Array], Array]
+NAMES = ("hand_made",)  # weights by name
+
+
+def celo2(
+    learning_rate: float | Array | Schedule = 1e-2,
+    weight_decay: float | Array = 0.0,
+    *,
+    weights: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    num_steps: int | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    state_dtype: str = "float32",
+    diagnostics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Celo2 (ICLR 2026): a learned rule and Newton-Schulz on matrices, Adam on the other tensors.
+
+    ``p <- p - eta (y + wd p)`` with ``RMS(y) = 1`` over each matrix (OPTIMIZERS sections 4 and 5); Adam's
+    ``eta`` is 20 times as large.
+
+    Args:
+      learning_rate: the RMS of a step, or an optax schedule of it. 1e-2 suits training from scratch.
+      weight_decay: decoupled, times the learning rate; 0.1 is usual for language models.
+      weights: theta as a tree, a ``.safetensors`` file, a run folder of ``celo-nnx train``, or the name
+        ``"hand_made"``, which is the default: it makes the rule Muon with exponential-average momentum.
+      num_steps: length of the run in updates; this rule does not need it.
+      mask: booleans like the parameters, or a function of them: which tensors are decayed.
+      dimensions: ``optax.contrib.MuonDimensionNumbers`` or None for each tensor, or a function of the
+        parameters: which axes are the matrix. By default kernels of nnx and linen are recognised; see
+        :meth:`~celo_nnx.optimizer.LearnedOptimizer.routing_table`.
+      state_dtype: ``"float32"`` (16 bytes a parameter of a matrix) or ``"bfloat16"`` (8, stochastically
+        rounded; a step differs by about 1 % of its RMS).
+      diagnostics: keep per-tensor figures in the state; see :func:`celo_nnx.diagnostics`.
+
+    Returns:
+      An optax transformation. Parameters and gradients may be float32, bfloat16 or float16.
+
+    Raises:
+      UserError: weights that cannot be read or do not fit, or a value out of range; at ``init``, an integer
+        or complex parameter; at ``update``, a gradient tree that does not match. The tensor is named.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, celo_nnx
+      >>> tx = celo_nnx.celo2(optax.cosine_decay_schedule(1e-2, 1000), weight_decay=0.1)
+      >>> params = {"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+
+    Source: Celo2, ICLR 2026; the route and the constants are OPTIMIZERS section 5.
+    """
+    return _transformation("celo2", **locals())
+
+
+def celo2_base(
+    learning_rate: float | Array | Schedule = 1e-2,
+    weight_decay: float | Array = 0.0,
+    *,
+    weights: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    num_steps: int | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    state_dtype: str = "float32",
+    diagnostics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Celo2-base (ICLR 2026): the learned rule for every tensor, no orthogonalization.
+
+    The step of every tensor is normalized to ``RMS(y) = 1``; a scalar moves by the learning rate.
+
+    Args:
+      learning_rate, weight_decay, weights, num_steps, mask, dimensions, state_dtype, diagnostics: as in
+        :func:`celo2`; the hand-made weights step along RMS-normalized momentum here.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      UserError: as in :func:`celo2`.
+
+    Example:
+      >>> import jax.numpy as jnp, celo_nnx
+      >>> tx = celo_nnx.celo2_base(1e-2)
+      >>> state = tx.init({"w": jnp.ones((8, 4))})
+
+    Source: OPTIMIZERS section 4.
+    """
+    return _transformation("celo2_base", **locals())
+
+
+def _transformation(
+    variant: str, weights: Any, state_dtype: str, **arguments: Any
+) -> optax.GradientTransformationExtraArgs:
+    overrides = (f"optimizer.state.dtype={state_dtype}",)
+    theta = weights if isinstance(weights, Mapping) else None
+    path = None if weights is None or theta is not None else os.fspath(weights)
+    if path is not None and not os.path.exists(path):
+        if os.sep in path or path.endswith((".safetensors", ".state")):
+            raise UserError(f"no weights at {path}: neither a file nor a run folder is there")
+        if path not in NAMES:
+            raise unknown("weights", path, NAMES)
+        path = None
+    optimizer = _built(variant, overrides, path)
+    if theta is not None:
+        optimizer = optimizer.with_theta(theta)
+    return optimizer.as_optax(**arguments)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached(variant: str, overrides: tuple[str, ...], path: str | None, stamp: float) -> LearnedOptimizer:
+    # A transformation may be made inside jit (optax.inject_hyperparams does it): theta must be real there.
+    with jax.ensure_compile_time_eval():
+        return load_optimizer(variant, overrides, weights=path)
+
+
+def _built(variant: str, overrides: tuple[str, ...], path: str | None) -> LearnedOptimizer:
+    """Returns the optimizer; made anew where the weights' file has changed."""
+    if path is None:
+        return _cached(variant, overrides, None, 0.0)
+    file = os.path.join(path, "theta.safetensors") if os.path.isdir(path) else path
+    stamp = os.path.getmtime(file) if os.path.exists(file) else 0.0
+    return _cached(variant, overrides, path, stamp)

@@ -1,0 +1,109 @@
+"""Tensors of one shape: one compiled update for all of them, their state stacked.
+
+Gradients and parameters are fetched by a switch, not stacked: a stack would take as much memory as both of
+them. The stacked state and steps are updated in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from celo_nnx.interfaces import TensorSpec
+from celo_nnx.kernel import TensorKernel, tile_rows
+
+Array = jax.Array
+PyTree = Any
+Pairs = Sequence[tuple[Array, Array]]  # (gradient, parameter) of each tensor, of its own shape and dtype
+
+CPU_TILE = 1 << 18  # elements: large enough for both cores, small enough for the cache; measured
+
+
+def stacked(tree: PyTree, count: int) -> PyTree:
+    """Returns the state of ``count`` tensors: repeated on a new leading axis, as it is for one."""
+    return tree if count == 1 else jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), tree)
+
+
+def update_group(
+    kernel: TensorKernel, spec: TensorSpec, pairs: Pairs, state: PyTree, number: int, tile: int
+) -> tuple[list[Array], PyTree]:
+    """Updates the tensors of one shape one after the other.
+
+    Args:
+      kernel: the parts.
+      spec: the description of each of them.
+      pairs: their gradients and parameters.
+      state: as :func:`stacked` made it.
+      number: of the first tensor among all.
+      tile: elements at most in a tile of a large tensor; 0 decides by the device.
+
+    Returns:
+      (steps in the tensors' own shapes, next state).
+    """
+    limit = tile or (CPU_TILE if jax.default_backend() == "cpu" else 0)
+    rows = tile_rows(spec.shape, limit) if kernel.step.tiled else 0
+    if len(pairs) == 1:
+        if rows:
+            steps, state = _in_tiles(
+                kernel, spec, pairs, jax.tree.map(lambda x: x[None], state), number, rows
+            )
+            return steps, jax.tree.map(lambda x: x[0], state)
+        grad, param = (spec.enter(x).astype(jnp.float32) for x in pairs[0])
+        step, state = kernel.whole(spec, grad, param, state, number)
+        return [spec.leave(step)], state
+    if rows:
+        return _in_tiles(kernel, spec, pairs, state, number, rows)
+
+    def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], None]:
+        state, steps = carry
+        grad, param = _switch(i, pairs, lambda x: spec.enter(x).astype(jnp.float32))
+        own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
+        step, new = kernel.whole(spec, grad, param, own, number + i)
+        put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
+        return (jax.tree.map(put, state, new), put(steps, step)), None
+
+    steps = jnp.zeros((len(pairs), *spec.shape), jnp.float32)
+    (state, steps), _ = lax.scan(body, (state, steps), jnp.arange(len(pairs)))
+    return [spec.leave(step) for step in steps], state
+
+
+def _in_tiles(
+    kernel: TensorKernel, spec: TensorSpec, pairs: Pairs, state: PyTree, number: int, size: int
+) -> tuple[list[Array], PyTree]:
+    """Updates large tensors, each in tiles of ``size`` rows; ``state`` is stacked for one tensor too."""
+
+    def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], Array]:
+        # Axes that move are moved once, not in every tile.
+        chosen = [_switch(i, pairs, spec.enter)] if spec.order else pairs
+        which = jnp.int32(0) if spec.order else i
+
+        def fetch(start: Array | int, rows: int) -> tuple[Array, Array]:
+            def cut(x: Array) -> Array:
+                return lax.dynamic_slice_in_dim(x.reshape(spec.shape), start, rows, len(spec.shape) - 2)
+
+            return _switch(which, chosen, lambda x: cut(x).astype(jnp.float32))
+
+        def param() -> Array:
+            return _switch(which, chosen)[1].astype(jnp.float32)
+
+        state, steps, scale = kernel.tiled(spec, fetch, param, *carry, i, number + i, size)
+        return (state, steps), scale
+
+    carry = (state, jnp.zeros((len(pairs), *spec.shape), jnp.float32))
+    if len(pairs) == 1:
+        (state, steps), scale = body(carry, jnp.int32(0))
+        return [spec.leave(steps[0] * scale)], state
+    (state, steps), scales = lax.scan(body, carry, jnp.arange(len(pairs)))
+    return [spec.leave(steps[i] * scales[i]) for i in range(len(pairs))], state
+
+
+def _switch(
+    index: Array, pairs: Pairs, function: Callable[[Array], Array] = lambda x: x
+) -> tuple[Array, Array]:
+    """Returns ``function`` of both arrays of the pair with that index; only that pair is read."""
+    branches = [lambda g=g, p=p: (function(g), function(p)) for g, p in pairs]
+    return branches[0]() if len(pairs) == 1 else lax.switch(index, branches)

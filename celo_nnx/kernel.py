@@ -1,0 +1,318 @@
+"""The learned update of one tensor, whole or in tiles: the hot kernel.
+
+What depends on what fixes the passes over memory: the gradient's row and column means come first, then the
+factors made of them, then the mean square of every feature plane, then the update rule, then the step's own
+mean square. A small tensor is one expression that XLA fuses. A large one is three loops over tiles of rows,
+so that nothing of its size is made but the step: measure the gradient; average the accumulators on the fly
+for the planes' squares; average them again, keep them, and write the step (about 84 bytes a parameter with
+the state of Celo2-base in float32).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from celo_nnx.interfaces import (
+    Accumulator,
+    Feature,
+    Normalization,
+    Orthogonalization,
+    StepHead,
+    TensorSpec,
+    TensorView,
+    UpdateRule,
+)
+from celo_nnx.planes import block_mean_squares, fence, row_sums, rows
+from celo_nnx.precision import Storage, mix
+
+Array = jax.Array
+PyTree = Any
+Fetch = Callable[[Array | int, int], tuple[Array, Array]]  # (first row, rows) -> (gradient, parameter)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorKernel:
+    """The parts that a tensor's update goes through, bound together for one update.
+
+    Attributes:
+      accumulators, features: by name, features in order.
+      normalization, update_rule, step, orthogonalization, output_normalization: parts.
+      storage: how accumulators are kept.
+      gradient_clip: elementwise limit.
+      seed: uint32 scalar, another for every update; only read by stochastic rounding.
+    """
+
+    accumulators: Mapping[str, Accumulator]
+    features: Mapping[str, Feature]
+    normalization: Normalization
+    update_rule: UpdateRule
+    step: StepHead
+    orthogonalization: Orthogonalization
+    output_normalization: Normalization
+    storage: Storage
+    gradient_clip: float
+    seed: Array
+
+    def whole(
+        self, spec: TensorSpec, grad: Array, param: Array, state: dict[str, PyTree], number: Array | int
+    ) -> tuple[Array, dict[str, PyTree]]:
+        """Updates a tensor in one piece.
+
+        Args:
+          spec: the tensor's description.
+          grad, param: working views ``[*S]``, float32.
+          state: of every accumulator.
+          number: the tensor's, for rounding.
+
+        Returns:
+          (step ``[*S]``, to be subtracted; next state).
+        """
+        grad = jnp.clip(grad, -self.gradient_clip, self.gradient_clip)
+        state = {n: self._advance(n, state[n], a.measure(grad, spec), spec, number) for n, a in self._all()}
+        stats = {n: a.read(self.storage.load(state[n]), spec) for n, a in self._all()}
+        view = (param, grad, stats)
+        axes = self.normalization.axes(spec)
+        squares = block_mean_squares(lambda t: self._flat(spec, t), view, spec.shape, axes)
+        weights = self._weights(spec, tuple(self._groups(spec, view)), squares)
+        factor = self.step.factor(param)
+
+        def rule(tree: tuple[Array, Array, dict[str, Any]], weights: Array) -> Array:
+            step = self.step(*self.update_rule(self._flat(spec, tree), weights, spec.shape))
+            return step if factor is None else step * factor
+
+        step = self.orthogonalization(fence(rule, grad, view, weights), spec)
+        return step * self._output_scale(step, spec), state
+
+    def tiled(
+        self,
+        spec: TensorSpec,
+        fetch: Fetch,
+        param: Callable[[], Array],
+        state: dict[str, PyTree],
+        steps: Array,
+        index: Array,
+        number: Array | int,
+        size: int,
+    ) -> tuple[dict[str, PyTree], Array, Array]:
+        """Updates a tensor in tiles of ``size`` rows.
+
+          Args:
+            spec: the tensor's description, of rank 2 or more.
+            fetch: returns working rows of gradient and parameter, float32.
+            param: returns the whole parameter.
+            state: of every accumulator, stacked ``[tensors, ...]``.
+            steps: ``[tensors, *S]``, written in place.
+            index: which of the stacked tensors.
+        number: the tensor's among all, for rounding.
+            size: rows of a tile.
+
+          Returns:
+            (state, steps, factor ``[*S with 1s]`` that the tensor's step is still to be multiplied by).
+        """
+        full = spec.shape[-2]
+        state = dict(state)
+        state |= self._reduce(spec, fetch, state, index, number, size)
+        moving = {n: state[n] for n, a in self._all() if a.elementwise}
+        fixed = {
+            n: a.read(self.storage.load(_at(state[n], index)), spec)
+            for n, a in self._all()
+            if not a.elementwise
+        }
+
+        def tile(moving: dict[str, PyTree], start: Array | int, count: int) -> tuple[Any, dict[str, PyTree]]:
+            """Returns what features see of rows, and the accumulators' new rows as they are kept."""
+            grad, weight = fetch(start, count)
+            grad = jnp.clip(grad, -self.gradient_clip, self.gradient_clip)
+            old = _rows(moving, index, start, count)
+            new = {
+                n: self._advance(n, old[n], self.accumulators[n].measure(grad, spec), spec, number, start)
+                for n in moving
+            }
+            stats = {n: self.accumulators[n].read(self.storage.load(new[n]), spec) for n in new}
+            stats |= rows(fixed, len(spec.shape), start, count, full)
+            return (weight, grad, stats), new
+
+        weights = self._weights(spec, *self._tiled_squares(spec, tile, moving, fixed, size))
+        factor = self.step.factor(param())
+
+        def write(carry: tuple[PyTree, Array], start: Array | int, count: int) -> tuple[PyTree, Array]:
+            moving, steps = carry
+            view, new = tile(moving, start, count)
+            shape = (*spec.shape[:-2], count, spec.shape[-1])
+
+            def rule(tree: Any, weights: Array) -> Array:
+                step = self.step(*self.update_rule(self._flat(spec, tree), weights, shape))
+                return step if factor is None else step * factor
+
+            step = fence(rule, view[1], view, rows(weights, len(spec.shape), start, count, full))
+            return _put_rows(moving, new, index, start), _put_rows(steps, step, index, start)
+
+        moving, steps = over_tiles(full, size, write, (moving, steps))
+        step = lax.dynamic_index_in_dim(steps, index, keepdims=False)
+        made = self.orthogonalization(step, spec)
+        if made is not step:
+            steps = lax.dynamic_update_index_in_dim(steps, made, index, 0)
+        return state | moving, steps, self._output_scale(made, spec)
+
+    def _reduce(
+        self,
+        spec: TensorSpec,
+        fetch: Fetch,
+        state: dict[str, PyTree],
+        index: Array,
+        number: Array | int,
+        size: int,
+    ) -> dict[str, PyTree]:
+        """Returns the next states of the accumulators that reduce the gradient, still stacked."""
+        parts = {n: a for n, a in self._all() if not a.elementwise}
+        if not parts:
+            return {}
+
+        def measure(grad: Array) -> dict[str, PyTree]:
+            return {n: a.measure(grad, spec) for n, a in parts.items()}
+
+        def add(total: dict[str, PyTree], start: Array | int, count: int) -> dict[str, PyTree]:
+            grad = jnp.clip(fetch(start, count)[0], -self.gradient_clip, self.gradient_clip)
+
+            def join(whole: Array, part: Array) -> Array:
+                if whole.shape[-2] == 1:  # a mean over the rows
+                    return whole + part * (count / spec.shape[-2])
+                return lax.dynamic_update_slice_in_dim(whole, part, start, whole.ndim - 2)
+
+            return jax.tree.map(join, total, measure(grad))
+
+        shapes = jax.eval_shape(measure, jax.ShapeDtypeStruct(spec.shape, jnp.float32))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        measured = over_tiles(spec.shape[-2], size, add, zeros)
+        out = {}
+        for n in parts:
+            new = self._advance(n, _at(state[n], index), measured[n], spec, number)
+            out[n] = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, index, 0), state[n], new)
+        return out
+
+    def _tiled_squares(
+        self, spec: TensorSpec, tile: Callable[..., Any], moving: dict[str, PyTree], fixed: Any, size: int
+    ) -> tuple[tuple[str, ...], Array]:
+        """Returns (the names of the tensor's feature groups, mean squares of their planes)."""
+        shape, axes = spec.shape, self.normalization.axes(spec)
+        # Planes of row and column factors alone are small; others, made of zeros here, are never evaluated.
+        zeros = jnp.zeros(shape, jnp.float32)
+        stats = {n: self.accumulators[n].read(self.accumulators[n].init(spec), spec) for n in moving}
+        groups = self._groups(spec, (zeros, zeros, stats | fixed))
+        planes = sum(groups.values(), [])
+        big = [j for j, x in enumerate(planes) if x.shape == shape]
+        over_rows = len(shape) - 2 in axes
+        kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        summed = (*shape[:-2], 1, shape[-1]) if over_rows else kept
+
+        def add(total: Array, start: Array | int, count: int) -> Array:
+            view, _ = tile(moving, start, count)
+            own = (*shape[:-2], count, shape[-1])
+            if over_rows:
+                return total + row_sums(lambda t: self._flat(spec, t), view, own, big)
+            made = self._flat(spec, view)
+            sums = jnp.stack([jnp.sum(made[j] * made[j], axes, keepdims=True) for j in big])
+            return lax.dynamic_update_slice_in_dim(total, sums, start, total.ndim - 2)
+
+        total = over_tiles(shape[-2], size, add, jnp.zeros((len(big), *summed), jnp.float32))
+        over = [a for a in axes if total.shape[a + 1] > 1]
+        count = math.prod(shape[a] for a in axes)
+        squares = dict(zip(big, jnp.sum(total, [a + 1 for a in over], keepdims=True) / count, strict=True))
+        for j, x in enumerate(planes):
+            if j not in squares:
+                squares[j] = jnp.mean(x * x, axes, keepdims=True)
+        return tuple(groups), jnp.stack([jnp.broadcast_to(squares[j], kept) for j in range(len(planes))])
+
+    def _all(self) -> Any:
+        return self.accumulators.items()
+
+    def _advance(
+        self,
+        name: str,
+        old: PyTree,
+        measured: PyTree,
+        spec: TensorSpec,
+        number: Array | int,
+        offset: Array | int = 0,
+    ) -> PyTree:
+        """Returns an accumulator's next state as it is kept."""
+        new = self.accumulators[name].update(self.storage.load(old), measured, spec)
+        seed = mix(mix(self.seed, number), list(self.accumulators).index(name))
+        return self.storage.keep(new, old, seed, offset)
+
+    def _groups(self, spec: TensorSpec, tree: tuple[Array, Array, dict[str, Any]]) -> dict[str, list[Array]]:
+        view = TensorView(param=tree[0], grad=tree[1], stats=tree[2], spec=spec)
+        made = {name: feature.planes(view) for name, feature in self.features.items()}
+        return {name: group for name, group in made.items() if group}
+
+    def _flat(self, spec: TensorSpec, tree: tuple[Array, Array, dict[str, Any]]) -> list[Array]:
+        return sum(self._groups(spec, tree).values(), [])
+
+    def _weights(self, spec: TensorSpec, groups: tuple[str, ...], squares: Array) -> Array:
+        """Returns the rule's first layer with the normalization folded in, ``[planes, H, *b]``."""
+        weights = self.update_rule.first_layer(groups)
+        scale = self.normalization.scale(squares)
+        return weights.reshape(*weights.shape, *(1,) * len(spec.shape)) * scale[:, None]
+
+    def _output_scale(self, step: Array, spec: TensorSpec) -> Array:
+        axes = self.output_normalization.axes(spec)
+        square = block_mean_squares(lambda x: [x], step, spec.shape, axes)[0]
+        return self.output_normalization.scale(square)
+
+
+def over_tiles(full: int, size: int, body: Callable[..., PyTree], carry: PyTree) -> PyTree:
+    """Runs ``body(carry, first row, rows)`` over tiles of ``size`` of ``full`` rows, the rest last."""
+    count = full // size
+    carry = lax.fori_loop(0, count, lambda j, c: body(c, j * size, size), carry)
+    return body(carry, count * size, full - count * size) if full % size else carry
+
+
+def tile_rows(shape: tuple[int, ...], limit: int) -> int:
+    """Returns how many rows a tile of at most ``limit`` elements has; 0 for a tensor that is not cut.
+
+    A divisor of the rows where one is not much smaller: a rest compiles a second time.
+
+    Example:
+      >>> tile_rows((4096, 512), 65536), tile_rows((8, 8), 65536), tile_rows((50257, 512), 65536)
+      (128, 0, 128)
+    """
+    if limit == 0 or len(shape) < 2 or math.prod(shape) <= limit:
+        return 0
+    full = shape[-2]
+    most = min(full, max(1, limit * full // math.prod(shape)))
+    divisor = next(d for d in range(most, 0, -1) if full % d == 0)
+    size = divisor if 2 * divisor > most else most
+    return size if size < full else 0
+
+
+def _at(tree: PyTree, index: Array) -> PyTree:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def _rows(tree: PyTree, index: Array, start: Array | int, count: int) -> PyTree:
+    """Returns rows of one of the stacked tensors; leaves ``[tensors, ..., n, m]``."""
+
+    def cut(x: Array) -> Array:
+        at = [index] + [0] * (x.ndim - 1)
+        at[-2] = start
+        return lax.dynamic_slice(x, at, (1, *x.shape[1:-2], count, x.shape[-1]))[0]
+
+    return jax.tree.map(cut, tree)
+
+
+def _put_rows(tree: PyTree, new: PyTree, index: Array, start: Array | int) -> PyTree:
+    """Writes rows of one of the stacked tensors in place."""
+
+    def put(x: Array, y: Array) -> Array:
+        at = [index] + [0] * (x.ndim - 1)
+        at[-2] = start
+        return lax.dynamic_update_slice(x, y[None], at)
+
+    return jax.tree.map(put, tree, new)

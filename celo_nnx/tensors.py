@@ -1,0 +1,301 @@
+"""How tensors are looked at: paths, which axes are the matrix and which a batch, which are factored.
+
+The learned rule works on a *working* view of each tensor: batch axes first, then the rows and the columns
+of the matrix, each of them possibly several own axes merged (a convolution's kernel height, width and inputs
+are its rows). Statistics, orthogonalization and tiles then always run over the last two axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from celo_nnx.errors import UserError, unknown
+from celo_nnx.interfaces import TensorSpec
+
+Array = jax.Array
+PyTree = Any
+Axes = tuple[int, ...]
+Shapes = Mapping[str, tuple[int, ...]]
+
+LANES = 16  # float32 lanes of the widest common vector register; a shorter last axis is not worth a loop
+READINGS = ("networks", "last_two")
+SMALL_KERNEL = 7  # spatial axes of a convolution whose name does not say so
+
+
+def tensor_paths(tree: PyTree) -> list[tuple[str, Array]]:
+    """Returns (path, leaf) pairs in flatten order; keys are joined by ``/``.
+
+    A trailing ``value`` is dropped: nnx puts it there at init and not at update.
+    """
+    pairs = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+            keys = keys[:-1]
+        pairs.append((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf))
+    return pairs
+
+
+def check_like(tree: PyTree, like: PyTree, what: str) -> None:
+    """Raises a :class:`UserError` that names the first leaf in which ``tree`` is not like ``like``."""
+    have, want = dict(tensor_paths(tree)), dict(tensor_paths(like))
+    for path in want:
+        if path not in have:
+            raise UserError(f"the {what} tree lacks {path!r}")
+    for path, leaf in have.items():
+        if path not in want:
+            raise UserError(f"the {what} tree has {path!r}, which is not expected")
+        if leaf.shape != want[path].shape:
+            raise UserError(f"{what} {path!r} has shape {leaf.shape}, expected {want[path].shape}")
+
+
+def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Axes (d1, d0): second largest and largest, ties to the higher index (OPTIMIZERS section 1.4).
+
+    Example:
+      >>> factored_axes((7, 5)), factored_axes((16, 16)), factored_axes((3,))
+      ((1, 0), (0, 1), None)
+    """
+    if len(shape) < 2:
+        return None
+    order = np.argsort(np.asarray(shape), kind="stable")
+    return int(order[-2]), int(order[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """How tensors are looked at; the section ``optimizer.tensors`` of a config.
+
+    Attributes:
+      axes: ``"networks"`` recognises the kernels of nnx and linen: a dense kernel, one with several input
+        or output axes (attention heads: told by the shape of its bias, or by its name and its siblings), a
+        convolution (rows are kernel positions and inputs), an embedding, and stacks of those along a leading
+        axis, which is a batch; a bias or scale is one vector. Factored axes are then the matrix's.
+        ``"last_two"`` is the published reading: the last two axes are the matrix, the factored axes are the
+        two largest, whatever they mean.
+      matrix: (pattern, rows, columns): for tensors whose path the regular expression is found in, the axis
+        or tuple of axes (negative ones count from the end) that are the matrix's rows and columns; the first
+        match counts; all other axes are a batch.
+      factored: (path, d1, d0): overrides of the factored axes, for replays; ``last_two`` only.
+      given: (path, rows, columns) of :class:`optax.contrib.MuonDimensionNumbers`; rows None sends the tensor
+        to the hand-made route. Not a config key: see ``LearnedOptimizer.as_optax``.
+
+    Example:
+      >>> spec = Tensors().specs({"conv/kernel": (3, 3, 16, 32)})["conv/kernel"]
+      >>> spec.shape, spec.matrix
+      ((144, 32), (0, 1))
+    """
+
+    axes: str = "networks"
+    matrix: tuple[tuple[str, int | Axes, int | Axes], ...] = ()
+    factored: tuple[tuple[str, int, int], ...] = ()
+    given: tuple[tuple[str, Axes | None, Axes | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.axes not in READINGS:
+            raise unknown("optimizer.tensors.axes", self.axes, READINGS)
+        if self.factored and self.axes != "last_two":
+            raise UserError("optimizer.tensors.factored needs optimizer.tensors.axes = 'last_two'")
+
+    def check_patterns(self, paths: Iterable[str]) -> None:
+        """Refuses a pattern that is found in none of the paths: it would silently do nothing."""
+        paths = list(paths)
+        for pattern, *_ in self.matrix:
+            if not any(re.search(pattern, path) for path in paths):
+                raise UserError(
+                    f"optimizer.tensors.matrix: the pattern {pattern!r} is found in no tensor's path; "
+                    f"paths are like {', '.join(repr(p) for p in paths[:3])}"
+                )
+
+    def specs(self, shapes: Shapes) -> dict[str, TensorSpec]:
+        """Returns the static description of every tensor, from the paths and shapes of a whole tree.
+
+        Raises:
+          UserError: axes that are out of range or named twice, with the tensor.
+        """
+        return {path: self._spec(path, shapes) for path in shapes}
+
+    def _spec(self, path: str, shapes: Shapes) -> TensorSpec:
+        shape = shapes[path]
+        if len(shape) < 2:
+            return TensorSpec(path, shape or (1,), None, None, own=shape)
+        explicit = next(((r, c) for p, r, c in self.given if p == path and r is not None), None)
+        explicit = explicit or next(((r, c) for p, r, c in self.matrix if re.search(p, path)), None)
+        if explicit is not None:
+            return _working(path, shape, *_checked(path, shape, *explicit))
+        if self.axes == "networks":
+            rows, columns = recognise(path, shapes)
+            if not rows:
+                return TensorSpec(path, (math.prod(shape),), None, None, own=shape)
+            return _working(path, shape, rows, columns)
+        rank = len(shape)
+        given = {p: (d1, d0) for p, d1, d0 in self.factored}
+        factored = _two_axes(given.get(path) or factored_axes(shape), shape, path)
+        return _working(path, shape, (rank - 2,), (rank - 1,), factored)
+
+
+def recognise(path: str, shapes: Shapes) -> tuple[Axes, Axes]:
+    """Returns the axes (rows, columns) of a kernel of nnx or linen; ``((), ())`` for a vector.
+
+    Args:
+      path: the tensor's; its name is the last key.
+      shapes: of all tensors by path: a kernel's bias and its siblings tell how to read it.
+
+    Example:
+      >>> heads = {"mha/query/kernel": (64, 4, 16), "mha/query/bias": (4, 16)}
+      >>> recognise("mha/query/kernel", heads)
+      ((0,), (1, 2))
+    """
+    shape = shapes[path]
+    rank = len(shape)
+    *parents, name = path.split("/")
+    if name in ("bias", "b", "scale", "offset"):
+        return (), ()
+    every, stacked = tuple(range(rank)), tuple(range(1, rank))
+    folder = "/".join(parents)
+    if rank > 2:
+        if (outputs := _outputs(folder, shape, shapes)) is not None:
+            inner, outs = outputs
+            return inner[: len(inner) - outs], inner[len(inner) - outs :]
+        if (heads := _heads(parents, name, shapes)) is not None:
+            inner = every if rank == 3 else stacked
+            return inner[:heads], inner[heads:]
+        spatial = rank >= 4 and max(shape[:-2]) <= SMALL_KERNEL and shape[-1] > SMALL_KERNEL
+        if re.search("conv", path, re.IGNORECASE) or (spatial and name in ("kernel", "w", "weight")):
+            return every[:-1], every[-1:]
+    return every[-2:-1], every[-1:]
+
+
+def _outputs(folder: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[Axes, int] | None:
+    """Returns a kernel's axes without a stack's, and how many are outputs: as many as its bias has."""
+    for name in ("bias", "b"):
+        bias = shapes.get(f"{folder}/{name}" if folder else name)
+        if not bias or len(bias) >= len(shape):
+            continue
+        every, own = tuple(range(len(shape))), len(bias)
+        stacked = own > 1 and bias[0] == shape[0] and bias[1:] == shape[1 - own :]
+        if stacked and not (re.search(r"(^|/)(query|key|value)$", folder) and bias == shape[-own:]):
+            return every[1:], own - 1
+        if bias == shape[-own:]:
+            return every, own
+    return None
+
+
+def _heads(parents: Sequence[str], name: str, shapes: Shapes) -> int | None:
+    """Returns how many inner axes of an attention kernel without a bias are its inputs: 1, or 2 for out.
+
+    Query, key and value end in (heads, size of a head), with which the output's kernel begins.
+    """
+    if not parents or parents[-1] not in ("query", "key", "value", "out"):
+        return None
+    folder = "/".join(parents[:-1])
+    query, out = (shapes.get("/".join(filter(None, (folder, k, name)))) for k in ("query", "out"))
+    if query is None or out is None or len(query) != len(out) or len(query) not in (3, 4):
+        return None
+    if query[-2:] != out[-3:-1]:
+        return None
+    return 2 if parents[-1] == "out" else 1
+
+
+def _checked(path: str, shape: tuple[int, ...], rows: Any, columns: Any) -> tuple[Axes, Axes]:
+    """Returns row and column axes counted from the front."""
+    out = []
+    for axes in (rows, columns):
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        out.append(tuple(a + len(shape) if a < 0 else a for a in axes))
+    together = out[0] + out[1]
+    good = all(out) and len(set(together)) == len(together)
+    if not good or not all(0 <= a < len(shape) for a in together):
+        raise UserError(
+            f"matrix axes of {path!r} = {rows}, {columns} are out of range: must be different axes of "
+            f"shape {shape}, at least one on each side"
+        )
+    return out[0], out[1]
+
+
+def _two_axes(axes: tuple[int, int] | None, shape: tuple[int, ...], path: str) -> tuple[int, int]:
+    """Checks overridden factored axes."""
+    assert axes is not None
+    if len(set(axes)) != 2 or not all(0 <= a < len(shape) for a in axes):
+        raise UserError(
+            f"factored axes of {path!r} = {axes} are out of range: must be two different axes of {shape}"
+        )
+    return axes
+
+
+def _working(
+    path: str, shape: tuple[int, ...], rows: Axes, columns: Axes, factored: tuple[int, int] | None = None
+) -> TensorSpec:
+    """Returns the description of a tensor with a matrix.
+
+    Args:
+      path, shape: the tensor's own.
+      rows, columns: own axes.
+      factored: own axes (d1, d0), of tensors whose rows and columns are one axis each; by default the
+        matrix's, ties to the columns.
+    """
+    batch = tuple(a for a in range(len(shape)) if a not in rows + columns)
+    n, m = (math.prod(shape[a] for a in axes) for axes in (rows, columns))
+    at = len(batch)
+    # Loops run over the last axis: the longer side goes there where the other is shorter than a register.
+    flipped = m < LANES and n > m
+    working = (*(shape[a] for a in batch), *((m, n) if flipped else (n, m)))
+    matrix = (at + 1, at) if flipped else (at, at + 1)
+    if factored is None:
+        factored = matrix if m >= n else (matrix[1], matrix[0])
+    else:
+        order = batch + (columns + rows if flipped else rows + columns)
+        factored = (order.index(factored[0]), order.index(factored[1]))
+    return TensorSpec(path, working, matrix, factored, own=shape, rows=rows, columns=columns)
+
+
+def dimension_numbers(tree: PyTree, params: PyTree) -> tuple[tuple[str, Axes | None, Axes | None], ...]:
+    """Returns the rows of ``Tensors.given`` from a tree of optax's ``MuonDimensionNumbers`` or None.
+
+    Args:
+      tree: like ``params``, or a prefix of it, or a function of the parameters that returns one.
+      params: the parameters.
+
+    Raises:
+      UserError: the tree does not fit, or a leaf is something else.
+    """
+    tree = tree(params) if callable(tree) else tree
+
+    def is_leaf(x: Any) -> bool:
+        return x is None or hasattr(x, "reduction_axis")
+
+    try:
+        whole = jax.tree.broadcast(tree, params, is_leaf=is_leaf)
+    except ValueError as error:
+        raise UserError(f"the dimension numbers do not fit the parameters: {error}".split("\n")[0]) from None
+    leaves = jax.tree.leaves(whole, is_leaf=is_leaf)
+    rows = []
+    for (path, param), leaf in zip(tensor_paths(params), leaves, strict=True):
+        if leaf is None:
+            rows.append((path, None, None))
+            continue
+        if not hasattr(leaf, "reduction_axis"):
+            raise UserError(
+                f"dimension numbers of {path!r}: {leaf!r} is neither MuonDimensionNumbers nor None"
+            )
+        rows.append((path, *_checked(path, param.shape, leaf.reduction_axis, leaf.output_axis)))
+    return tuple(rows)
+
+
+def layout(spec: TensorSpec) -> str:
+    """Says in words how a tensor is looked at, for the routing table.
+
+    Example:
+      >>> layout(Tensors().specs({"conv/kernel": (3, 3, 16, 32)})["conv/kernel"])
+      'rows 0,1,2 x columns 3'
+    """
+    if spec.matrix is None:
+        return "vector" if spec.own else "scalar"
+    names = [",".join(str(a) for a in axes) for axes in (spec.rows, spec.columns, spec.batch)]
+    return f"rows {names[0]} x columns {names[1]}" + (f", batch {names[2]}" if names[2] else "")

@@ -1,0 +1,135 @@
+"""An optimizer as an optax transformation, and the per-tensor figures that it can keep."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from celo_nnx.errors import UserError, require
+from celo_nnx.tensors import dimension_numbers, tensor_paths
+
+Array = jax.Array
+PyTree = Any
+
+
+def as_optax(
+    optimizer: Any,
+    num_steps: int | None = None,
+    *,
+    learning_rate: float | Callable[[Array], Array] | None = None,
+    weight_decay: float | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    diagnostics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer as an optax transformation.
+
+    It works in ``optax.chain``, ``optax.partition``, ``optax.MultiSteps`` and ``nnx.Optimizer``, under
+    jit, vmap, scan and donation. It applies the learning rate and decoupled weight decay itself.
+
+    Args:
+      num_steps: length of the run in updates; required where the schedule needs it.
+      learning_rate: number or optax schedule; the config's schedule by default (1e-3 in the presets).
+      weight_decay: decoupled; the config's by default (0 in the presets).
+      mask: booleans like the parameters, or a function of them: which tensors are decayed.
+      dimensions: ``optax.contrib.MuonDimensionNumbers`` or None for each tensor, as
+        ``optax.contrib.muon`` takes them, or a function of the parameters: which axes are the matrix;
+        None sends a tensor to the hand-made route. By default the config's ``tensors`` decide.
+      diagnostics: keep per-tensor figures of the last update in the state; see :func:`diagnostics`.
+
+    Returns:
+      ``init(params)`` and ``update(grads, state, params, value=loss)``.
+
+    Raises:
+      UserError: ``num_steps`` is missing where the schedule needs it; at an update, ``value`` likewise.
+
+    Example:
+      >>> import optax
+      >>> from celo_nnx import load_optimizer
+      >>> tx = load_optimizer("celo2").as_optax(learning_rate=1e-2)
+      >>> params = {"w": jnp.ones((4, 4))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"w": jnp.ones((4, 4))}, state, params)
+      >>> optax.apply_updates(params, updates)["w"].shape
+      (4, 4)
+    """
+    if num_steps is None and optimizer.schedule.needs_num_steps:
+        raise UserError("num_steps is required: the schedule of this optimizer uses the length of the run")
+    if not isinstance(num_steps, jax.Array):
+        whole = type(num_steps) is int and num_steps >= 1
+        require(num_steps is None or whole, "num_steps", num_steps, "an integer of at least 1")
+    for name, number in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        fixed = isinstance(number, (int, float, str))
+        good = not fixed or (not isinstance(number, str) and number >= 0)
+        require(good, name, number, "a number of at least 0")
+
+    def looking(params: PyTree) -> Any:
+        if dimensions is None:
+            return optimizer
+        given = dimension_numbers(dimensions, params)
+        return optimizer.with_tensors(dataclasses.replace(optimizer.tensors, given=given))
+
+    def init(params: PyTree) -> PyTree:
+        state = looking(params).init(params, 0 if num_steps is None else num_steps)
+        return state | {"diagnostics": _diagnostics(params, params, params, 1.0)} if diagnostics else state
+
+    def update(
+        grads: PyTree, state: PyTree, params: PyTree | None = None, *, value: Any = None, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        if params is None:
+            raise UserError("update needs params: tx.update(grads, state, params)")
+        if value is None and optimizer.schedule.needs_value:
+            raise UserError("update needs value: tx.update(grads, state, params, value=loss)")
+        if diagnostics:
+            require("diagnostics" in state, "state", sorted(state), "one that was made with diagnostics")
+        updates, new = looking(params).update(
+            grads,
+            {name: entry for name, entry in state.items() if name != "diagnostics"},
+            params,
+            value=0.0 if value is None else value,
+            learning_rate=learning_rate(state["count"]) if callable(learning_rate) else learning_rate,
+            weight_decay=weight_decay,
+            decay_mask=mask(params) if callable(mask) else mask,
+        )
+        if diagnostics:
+            new["diagnostics"] = _diagnostics(grads, params, updates, optimizer.gradient_clip)
+        return updates, new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def diagnostics(state: PyTree) -> dict[str, dict[str, Array]]:
+    """Returns the figures of the last update that ``as_optax(diagnostics=True)`` keeps.
+
+    Args:
+      state: the optimizer's, or one of optax wrappers around it.
+
+    Returns:
+      ``{path: {"update_rms", "param_rms", "clipped"}}``, scalars: root mean squares of the update (learning
+      rate and decay included) and of the parameter before it, and the share of the gradient's elements beyond
+      the rule's clipping limit.
+
+    Raises:
+      UserError: there are none.
+    """
+    found = optax.tree.get(state, "diagnostics")
+    if found is None:
+        raise UserError("this optimizer state has no diagnostics: make it with diagnostics=True")
+    return found
+
+
+def _diagnostics(grads: PyTree, params: PyTree, updates: PyTree, limit: float) -> dict[str, dict[str, Array]]:
+    def rms(x: Array) -> Array:
+        return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+    grad_of, update_of = dict(tensor_paths(grads)), dict(tensor_paths(updates))
+    out = {}
+    for path, param in tensor_paths(params):
+        clipped = jnp.mean((jnp.abs(grad_of[path]) > limit).astype(jnp.float32))
+        out[path] = {"update_rms": rms(update_of[path]), "param_rms": rms(param), "clipped": clipped}
+    return out
