@@ -326,14 +326,14 @@ def _solve(found: Mapping[str, np.ndarray], wanted: Mapping[str, Dims]) -> dict[
 
 
 def _extra(layout: str, name: str, *, known: int, found: int) -> UserError:
-    return UserError(f"leaf {name!r} is unknown: expected the {known} leaves of {layout}, found {found}")
+    return UserError(f"leaf {name!r} is unknown: expected {known} leaves of {layout}, found {found}")
 
 
 def _check(layout: str, found: Mapping[str, np.ndarray], wanted: Mapping[str, Dims]) -> dict[str, int]:
     """Returns the letters' values after comparing names, dtypes and shapes."""
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(
-            f"leaf {missing[0]!r} is missing: expected the {len(wanted)} leaves of {layout}, found {len(found)}"
+            f"leaf {missing[0]!r} is missing: expected {len(wanted)} leaves of {layout}, found {len(found)}"
         )
     if extra := sorted(found.keys() - wanted.keys()):
         raise _extra(layout, extra[0], known=len(wanted), found=len(found))
