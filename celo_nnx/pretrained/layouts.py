@@ -217,7 +217,7 @@ def to_own(
     for key in published:
         if not isinstance(key, str) and key not in exact:
             raise _extra(layout, "/".join(key), known=len(exact), found=len(joined))
-    sizes = _check(layout, joined, {leaf.name: leaf.dims for leaf in known})
+    sizes = check(layout, joined, {leaf.name: leaf.dims for leaf in known})
     own: dict[str, np.ndarray] = {}
     for leaf in known:
         array, row = joined[leaf.name], 0
@@ -225,7 +225,7 @@ def to_own(
             own[leaf.pieces[0][0]] = array.copy()
             continue
         for name, dims in leaf.pieces:
-            width = _size(dims[0], sizes)
+            width = size(dims[0], sizes)
             own[name] = array[row : row + width].copy()
             row += width
     return _nest(own)
@@ -252,9 +252,9 @@ def to_published(
     Raises:
       UserError: a leaf is missing, unknown, or of another shape or dtype; one line that names it.
     """
-    flat = _flatten(own)
+    flat = flatten(own)
     known = leaves(layout, groups=groups, layers=_depth(flat) if layers is None else layers)
-    _check(layout, flat, {name: dims for leaf in known for name, dims in leaf.pieces})
+    check(layout, flat, {name: dims for leaf in known for name, dims in leaf.pieces})
     return {leaf.path: _joined([flat[name] for name, _ in leaf.pieces]) for leaf in known}
 
 
@@ -262,11 +262,12 @@ def _joined(pieces: list[np.ndarray]) -> np.ndarray:
     return pieces[0].copy() if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns the leaves of a nested dict by path, keys joined by ``/``."""
     out: dict[str, np.ndarray] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        out |= _flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: np.asarray(value)}
+        out |= flatten(value, f"{name}/") if isinstance(value, Mapping) else {name: np.asarray(value)}
     return out
 
 
@@ -295,8 +296,13 @@ def _terms(dim: str) -> tuple[int, dict[str, int]]:
     return constant, dict(factors)
 
 
-def _size(dim: str, sizes: Mapping[str, int]) -> int:
-    """A dimension's value; -1, which fits no array, while a letter is unknown."""
+def size(dim: str, sizes: Mapping[str, int]) -> int:
+    """Returns a dimension's value; -1, which fits no array, while a letter is unknown.
+
+    Example:
+      >>> size("18+2C", {"C": 64}), size("K", {})
+      (146, -1)
+    """
     constant, factors = _terms(dim)
     known = all(letter in sizes for letter in factors)
     return constant + sum(k * sizes[letter] for letter, k in factors.items()) if known else -1
@@ -305,21 +311,21 @@ def _size(dim: str, sizes: Mapping[str, int]) -> int:
 def _solve(found: Mapping[str, np.ndarray], wanted: Mapping[str, Dims]) -> dict[str, int]:
     """The value of each letter: what most bare letters say, so that one bad leaf is the one blamed."""
     pairs = [
-        (dim, size)
+        (dim, n)
         for name, dims in wanted.items()
         if len(dims) == found[name].ndim
-        for dim, size in zip(dims, found[name].shape, strict=True)
+        for dim, n in zip(dims, found[name].shape, strict=True)
     ]
     votes: dict[str, Counter[int]] = {}
-    for dim, size in pairs:
-        if dim.isalpha() and size:
-            votes.setdefault(dim, Counter())[size] += 1
+    for dim, n in pairs:
+        if dim.isalpha() and n:
+            votes.setdefault(dim, Counter())[n] += 1
     sizes = {letter: count.most_common(1)[0][0] for letter, count in votes.items()}
-    for dim, size in pairs:  # a letter that occurs only inside sums
+    for dim, n in pairs:  # a letter that occurs only inside sums
         constant, factors = _terms(dim)
         free = [letter for letter in factors if letter not in sizes]
         if len(free) == 1:
-            rest = size - constant - sum(k * sizes[x] for x, k in factors.items() if x in sizes)
+            rest = n - constant - sum(k * sizes[x] for x, k in factors.items() if x in sizes)
             if rest > 0 and rest % factors[free[0]] == 0:
                 sizes[free[0]] = rest // factors[free[0]]
     return sizes
@@ -329,8 +335,20 @@ def _extra(layout: str, name: str, *, known: int, found: int) -> UserError:
     return UserError(f"leaf {name!r} is unknown: expected {known} leaves of {layout}, found {found}")
 
 
-def _check(layout: str, found: Mapping[str, np.ndarray], wanted: Mapping[str, Dims]) -> dict[str, int]:
-    """Returns the letters' values after comparing names, dtypes and shapes."""
+def check(layout: str, found: Mapping[str, np.ndarray], wanted: Mapping[str, Dims]) -> dict[str, int]:
+    """Compares names, dtypes and shapes.
+
+    Args:
+      layout: a name of :data:`LAYOUTS`.
+      found: arrays by name.
+      wanted: shapes in letters by name.
+
+    Returns:
+      The letters' values.
+
+    Raises:
+      UserError: a leaf is missing, unknown, or of another shape or dtype; one line that names it.
+    """
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(
             f"leaf {missing[0]!r} is missing: expected {len(wanted)} leaves of {layout}, found {len(found)}"
@@ -342,7 +360,7 @@ def _check(layout: str, found: Mapping[str, np.ndarray], wanted: Mapping[str, Di
         array = found[name]
         if array.dtype != np.float32:
             raise UserError(f"leaf {name!r}: expected float32, found {array.dtype}")
-        fits = array.shape == tuple(_size(dim, sizes) for dim in dims)
+        fits = array.shape == tuple(size(dim, sizes) for dim in dims)
         if not fits or (legal and "F" in dims and sizes["F"] not in legal):
             raise UserError(f"leaf {name!r}: expected {_text(dims, sizes, legal)}, found {list(array.shape)}")
     return sizes
@@ -352,7 +370,7 @@ def _text(dims: Dims, sizes: Mapping[str, int], legal: tuple[int, ...] | None) -
     def one(dim: str) -> str:
         if dim == "F" and legal:
             return " or ".join(map(str, legal))
-        size = _size(dim, sizes)
-        return dim if size < 0 else str(size)
+        value = size(dim, sizes)
+        return dim if value < 0 else str(value)
 
     return f"[{', '.join(map(one, dims))}]"

@@ -21,7 +21,7 @@ def synthetic(layout: str, **options: object) -> dict[tuple[str, ...], np.ndarra
     """A published tree of consecutive integers, so that no two entries are equal."""
     sizes, start, out = SIZES | {"F": INPUTS.get(layout, 18)}, 0, {}
     for leaf in layouts.leaves(layout, **options):
-        shape = [layouts._size(dim, sizes) for dim in leaf.dims]
+        shape = [layouts.size(dim, sizes) for dim in leaf.dims]
         size = int(np.prod(shape, dtype=int))
         out[leaf.path] = np.arange(start, start + size, dtype=np.float32).reshape(shape)
         start += size
@@ -35,7 +35,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def flat(tree: dict) -> dict[str, np.ndarray]:
-    return layouts._flatten(tree)
+    return layouts.flatten(tree)
 
 
 def test_groups_are_the_presets() -> None:
