@@ -147,9 +147,11 @@ def import_weights(
       UserError: unreadable, damaged, foreign, or not the theta of that variant; one line.
     """
     out, wanted, overrides = Path(out), _layout(variant), list(overrides)
-    files.refuse_existing(out)
+    with files.told(out):
+        files.refuse_existing(out)
     config = _preset(variant, overrides) if variant else None
-    path, name = _locate(source)
+    with files.told(source):
+        path, name = _locate(source)
 
     def groups(layout: str) -> list[str]:
         chosen = _preset(variant or layout, overrides) if layout in ("celo2", "celo", "velo") else None
@@ -157,7 +159,8 @@ def import_weights(
         return [group for group in layouts.GROUPS if group in names]
 
     try:
-        data = files.read_bytes(path)
+        with files.told("the file"):
+            data = files.read_bytes(path)
         layout, theta, note = read(path, data, wanted, groups)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -171,10 +174,8 @@ def import_weights(
     metadata = {"variant": variant, "layout": layout, "source": name, "source_sha256": files.sha256(data)}
     if config is not None:
         metadata["config"] = canonical({"optimizer": config})
-    try:
+    with files.told(out):
         theta_io.save_theta(out, theta, metadata)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
     row = {"theta": str(out), "variant": variant, "layout": layout, "leaves": len(flat)}
     row |= {"meta_parameters": sum(x.size for x in flat.values()), "source": name}
     return row | {"source_sha256": metadata["source_sha256"]} | ({"note": note} if note else {})
@@ -201,8 +202,10 @@ def export_weights(
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     out, wanted = Path(out), _layout(variant)
-    files.refuse_existing(out)
-    own, header = theta_io.load_theta(theta), theta_io.read_metadata(theta)
+    with files.told(out):
+        files.refuse_existing(out)
+    with files.told(theta):
+        own, header = theta_io.load_theta(theta), theta_io.read_metadata(theta)
     flat = layouts.flatten(own)
     variant = variant or header.get("variant")
     try:
@@ -220,7 +223,8 @@ def export_weights(
             data = files.safetensors_bytes({"/".join(k): v for k, v in published.items()}, about)
     except UserError as error:
         raise UserError(f"{theta}: {error}") from None
-    files.write_new(out, data)
+    with files.told(out):
+        files.write_new(out, data)
     row = {"file": str(out), "format": format, "layout": layout, "leaves": len(published)}
     return row | {"bytes": len(data), "sha256": files.sha256(data)}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,16 @@ SUFFIXES = (".safetensors", ".state")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _MAGIC = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6)))
 _DIGEST = "celo_nnx_digest"
+
+
+@contextlib.contextmanager
+def told(path: object) -> Iterator[None]:
+    """Turns what the system says of a path (no permission, name too long, disk full) into one line."""
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or type(error).__name__
+        raise UserError(f"{str(path)[:200]} cannot be read or written: {text}") from None
 
 
 def weights_in(folder: Path) -> Path:
@@ -48,12 +59,9 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(
             "no such file; give a file, a folder that holds one, or a Hub id such as amoudgl/celo2"
         )
-    try:
-        size = path.stat().st_size
-        require(size <= LARGEST, "size of the file", size, f"at most {LARGEST} bytes")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or type(error).__name__}") from None
+    size = path.stat().st_size
+    require(size <= LARGEST, "size of the file", size, f"at most {LARGEST} bytes")
+    data = path.read_bytes()
     if path.suffix in _PICKLES or data.startswith(_MAGIC):
         raise UserError(f"is a pickle or a zip such as PyTorch's, which is not read: {_CONVERT}")
     return data
@@ -115,7 +123,7 @@ def write_new(path: Path, data: bytes) -> None:
     """Writes a file that did not exist, whole: it appears under its name when all bytes are on disk.
 
     Raises:
-      UserError: the file exists, or the folder cannot be written.
+      UserError: the file exists, or its folder does not.
     """
     refuse_existing(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -125,6 +133,5 @@ def write_new(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
+    finally:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror or type(error).__name__}") from None

@@ -166,6 +166,17 @@ def test_nothing_is_overwritten(capsys: Capture, tmp_path: Path) -> None:
     assert "no folder" in fails(capsys, "export", out, "--format", "celo", "--out", tmp_path / "none" / "x")
 
 
+def test_what_the_system_refuses(capsys: Capture, tmp_path: Path) -> None:
+    source, long = state(tmp_path / "a.state", tree("celo_adam")), tmp_path / ("x" * 300)
+    theta, words = tmp_path / "a.safetensors", "cannot be read or written: File name too long"
+    assert words in fails(capsys, "import", long, "--out", theta)
+    assert words in fails(capsys, "import", source, "--out", long)
+    works(capsys, "import", source, "--out", theta)
+    assert words in fails(capsys, "export", long, "--format", "celo", "--out", tmp_path / "b")
+    assert words in fails(capsys, "export", theta, "--format", "celo", "--out", long)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "a.state"]
+
+
 def test_mistakes_of_export(capsys: Capture, tmp_path: Path) -> None:
     theta, out = tmp_path / "a.safetensors", tmp_path / "b"
     works(capsys, "import", state(tmp_path / "a.state", tree("celo_adam")), "--out", theta)
