@@ -34,6 +34,7 @@ ALLOWED = {
     "evaluation": LEAVES | {"tasks", "optimizer"},
     "theta_io": LEAVES | {"meta"},
     "build": LEAVES | {"components", "optimizer", "precision", "tensors", "theta_io"},
+    "pretrained": LEAVES | {"build", "config", "meta", "theta_io"},
     "naive": LEAVES | {"naive_meta"},
     "naive_meta": LEAVES | {"naive"},
 }
