@@ -15,14 +15,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from celo_nnx.components.accumulators import ACCUMULATORS
+from celo_nnx.components.clipping import CLIPS
 from celo_nnx.components.features import FEATURES
 from celo_nnx.components.normalization import NORMALIZATIONS
 from celo_nnx.components.orthogonalization import ORTHOGONALIZATIONS
+from celo_nnx.components.rate_scales import RATE_SCALES
 from celo_nnx.components.routing import ROUTINGS
 from celo_nnx.components.schedules import SCHEDULES
+from celo_nnx.components.tensor_features import TENSOR_FEATURES
+from celo_nnx.components.trackers import TRACKERS
 from celo_nnx.components.update_rules import ROUTE_RULES, STEPS, UPDATE_RULES
 from celo_nnx.errors import UserError, require, unknown
-from celo_nnx.optimizer import LearnedOptimizer
+from celo_nnx.optimizer import LearnedOptimizer, Settings
 from celo_nnx.precision import Storage
 from celo_nnx.tensors import Tensors, tensor_paths
 
@@ -35,24 +39,45 @@ TABLES: dict[str, Mapping[str, type]] = {
     "update_rules": UPDATE_RULES,
     "steps": STEPS,
     "orthogonalization": ORTHOGONALIZATIONS,
+    "clipping": CLIPS,
+    "trackers": TRACKERS,
+    "tensor_features": TENSOR_FEATURES,
     "schedules": SCHEDULES,
+    "rate_scales": RATE_SCALES,
     "routing": ROUTINGS,
     "route_rules": ROUTE_RULES,
 }
 
 # section of config.optimizer -> table; accumulators and routes hold one section for each name
 SLOTS = {
+    "clip": "clipping",
     "normalization": "normalization",
     "update_rule": "update_rules",
     "step": "steps",
     "orthogonalization": "orthogonalization",
     "output_normalization": "normalization",
+    "tracker": "trackers",
     "schedule": "schedules",
+    "rate_scale": "rate_scales",
     "routing": "routing",
 }
 PLAIN = {"tensors": Tensors, "state": Storage}
-GROUPS = {"accumulators": "accumulators", "routes": "route_rules"}
-SCALARS = ("gradient_clip", "weight_decay", "tile")
+GROUPS = {
+    "accumulators": "accumulators",
+    "context": "tensor_features",
+    "rows": "tensor_features",
+    "routes": "route_rules",
+}
+SCALARS = ("weight_decay", "tile")
+# What a config may leave out: most optimizers have none of it.
+OPTIONAL: dict[str, Any] = {
+    "clip": {"kind": "elementwise"},
+    "context": {},
+    "rows": {},
+    "tracker": {"kind": "none"},
+    "rate_scale": {"kind": "one"},
+    "tile": 0,
+}
 
 
 def find(kind: str, name: str) -> type:
@@ -72,9 +97,9 @@ def find(kind: str, name: str) -> type:
 
 def parameters(part: type) -> dict[str, Any]:
     """Returns a part's config keys with their defaults: the keyword arguments of its constructor."""
-    given = {"widths", "key"}  # what build passes to an update rule
     signature = inspect.signature(part.__init__).parameters.values()
-    return {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY and p.name not in given}
+    # Without a default: what build passes to update rules and schedules.
+    return {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
 def list_parts() -> dict[str, dict[str, str]]:
@@ -113,9 +138,9 @@ def resolve(optimizer: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise unknown("key of optimizer,", key, known)
     for key in known:
-        if key not in optimizer and key not in PLAIN and key != "tile":
+        if key not in optimizer and key not in PLAIN and key not in OPTIONAL:
             raise UserError(f"optimizer has no section {key!r}")
-    optimizer = {"tile": 0} | dict(optimizer)
+    optimizer = OPTIONAL | dict(optimizer)
     out: dict[str, Any] = {key: optimizer[key] for key in SCALARS}
     for group, kind in GROUPS.items():
         sections = optimizer[group].items()
@@ -211,10 +236,11 @@ def build(
     raw = optimizer.to_dict() if isinstance(optimizer, ConfigDict) else dict(optimizer)
     config = resolve(raw)
     key = jax.random.key(0) if key is None else key
-    accumulators = {
-        n: _part("accumulators", s, f"optimizer.accumulators.{n}") for n, s in config["accumulators"].items()
+    parts: dict[str, Any] = {
+        group: {n: _part(kind, s, f"optimizer.{group}.{n}") for n, s in sorted(config[group].items())}
+        for group, kind in GROUPS.items()
     }
-    features = {
+    parts["features"] = {
         n: _part(
             "features",
             {"kind": n, **config["features"]["options"].get(n, {})},
@@ -222,34 +248,56 @@ def build(
         )
         for n in config["features"]["groups"]
     }
-    banks = {n: getattr(a, "size", 1) for n, a in accumulators.items()}
+    keys = jax.random.split(jax.random.fold_in(key, 2))
+    simple = [slot for slot in SLOTS if slot not in ("update_rule", "schedule")]
+    parts |= {slot: _part(SLOTS[slot], config[slot], f"optimizer.{slot}") for slot in simple}
+    sizes = {n: getattr(a, "size", 1) for n, a in parts["accumulators"].items()}
     try:
-        widths = {n: f.width(banks) for n, f in features.items()}
+        widths = {n: f.width(sizes) for n, f in parts["features"].items()}
     except KeyError as error:
         raise UserError(f"optimizer.accumulators lacks {error}, which a feature group needs") from None
-    parts = {
-        slot: _part(kind, config[slot], f"optimizer.{slot}")
-        for slot, kind in SLOTS.items()
-        if slot != "update_rule"
-    }
-    rule = _part(
+    sizes["loss"] = parts["tracker"].width
+    schedule = find("schedules", config["schedule"]["kind"])
+    parts["schedule"] = _schedule(schedule, config["schedule"], parts["rows"], sizes, keys[0])
+    sizes |= parts["schedule"].sizes()
+    given = dict(widths=widths, context=_widths("context", parts["context"], sizes))
+    parts["update_rule"] = _part(
         "update_rules",
         config["update_rule"],
         "optimizer.update_rule",
-        widths=widths,
         key=jax.random.fold_in(key, 0),
+        **given,
     )
-    made = LearnedOptimizer(
-        accumulators=accumulators,
-        features=features,
-        update_rule=rule,
-        routes={n: _part("route_rules", s, f"optimizer.routes.{n}") for n, s in config["routes"].items()},
-        tensors=Tensors(**config["tensors"]),
-        state=Storage(**config["state"]),
-        **{name: config[name] for name in SCALARS},
-        **parts,
-    )
+    settings = {name: made(**config[name]) for name, made in PLAIN.items()}
+    made = LearnedOptimizer(parts, Settings(**settings, **{name: config[name] for name in SCALARS}))
     return start(made, theta_init or {"kind": "random"}, jax.random.fold_in(key, 1))
+
+
+def _widths(group: str, features: Mapping[str, Any], sizes: dict[str, int]) -> dict[str, int]:
+    """Returns the width of every tensor feature of a section."""
+    out = {}
+    for name, feature in features.items():
+        try:
+            out[name] = feature.width(sizes)
+        except KeyError as error:
+            raise UserError(f"optimizer.{group}.{name}: there is no {error} to look at") from None
+        except UserError as error:
+            raise UserError(f"optimizer.{group}.{name}: {error}") from None
+    return out
+
+
+def _schedule(
+    part: type, section: Mapping[str, Any], rows: Mapping[str, Any], sizes: dict[str, int], key: jax.Array
+) -> Any:
+    """Builds the schedule; a learned one is told the width of its rows."""
+    if "width" not in inspect.signature(part.__init__).parameters:
+        if rows:
+            raise UserError(f"optimizer.rows: the schedule {section['kind']!r} reads no rows")
+        return _part("schedules", section, "optimizer.schedule")
+    # Rows may show the schedule's own state, whose sizes do not depend on the rows.
+    own = _part("schedules", section, "optimizer.schedule", width=1, key=key).sizes()
+    width = sum(_widths("rows", rows, sizes | own).values())
+    return _part("schedules", section, "optimizer.schedule", width=width, key=key)
 
 
 def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.Array) -> LearnedOptimizer:
@@ -269,7 +317,11 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     require(noise >= 0, "theta_init.noise", noise, "a number of at least 0")
     if kind == "hand_made":
         options = {k: theta_init[k] for k in ("feature", "channel") if k in theta_init}
-        optimizer = optimizer.with_theta({"update_rule": optimizer.update_rule.hand_made(**options)})
+        made = {
+            "update_rule": optimizer.update_rule.hand_made(**options),
+            "schedule": optimizer.schedule.hand_made(),
+        }
+        optimizer = optimizer.with_theta(optimizer.theta | {name: x for name, x in made.items() if x})
     elif kind == "file":
         require(
             bool(theta_init.get("path")),
@@ -303,16 +355,14 @@ def describe(optimizer: LearnedOptimizer) -> str:
         text = ", ".join(f"{k}={v}" for k, v in settings.items())
         lines.append(f"{slot:<32}{type(part).__name__:<20}{text}".rstrip())
 
-    for name, part in optimizer.accumulators.items():
-        row(f"accumulators.{name}", part)
-    for name in optimizer.feature_order:
-        part = optimizer.features[name]
-        row(f"features.{name}", part, planes=part.width(banks))
+    for group in ("accumulators", "features", "context", "rows"):
+        for name, part in optimizer.named(group).items():
+            row(f"{group}.{name}", part, **({"planes": part.width(banks)} if group == "features" else {}))
     for slot in SLOTS:
         row(slot, getattr(optimizer, slot))
-    for name, part in optimizer.routes.items():
+    for name, part in optimizer.named("routes").items():
         row(f"routes.{name}", part)
-    lines += [f"{name:<32}{'':<20}{getattr(optimizer, name)}" for name in SCALARS]
+    lines += [f"{name:<32}{'':<20}{getattr(optimizer.settings, name)}" for name in SCALARS]
     theta = tensor_paths(optimizer.theta)
     lines.append("")
     lines += [f"theta  {path:<44} {tuple(leaf.shape)}" for path, leaf in theta]
@@ -328,13 +378,13 @@ def _plain(value: Any) -> bool:
 
 def _state_bytes(optimizer: LearnedOptimizer) -> list[str]:
     side = 1024
-    spec = optimizer.tensors.specs({"w": (side, side)})["w"]
+    spec = optimizer.settings.tensors.specs({"w": (side, side)})["w"]
     param = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
 
     def size(tree: Any) -> float:
         return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) / side**2
 
-    stored = optimizer.state.init
+    stored = optimizer.settings.state.init
     learned = jax.eval_shape(
         lambda: {n: stored(a.init(spec), spec.shape) for n, a in optimizer.accumulators.items()}
     )

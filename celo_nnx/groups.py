@@ -30,7 +30,7 @@ def stacked(tree: PyTree, count: int) -> PyTree:
 
 def update_group(
     kernel: TensorKernel, spec: TensorSpec, pairs: Pairs, state: PyTree, number: int, tile: int
-) -> tuple[list[Array], PyTree]:
+) -> tuple[list[Array], PyTree, Array]:
     """Updates the tensors of one shape one after the other.
 
     Args:
@@ -38,45 +38,59 @@ def update_group(
       spec: the description of each of them.
       pairs: their gradients and parameters.
       state: as :func:`stacked` made it.
-      number: of the first tensor among all.
+      number: of the first tensor among the learned ones.
       tile: elements at most in a tile of a large tensor; 0 decides by the device.
 
     Returns:
-      (steps in the tensors' own shapes, next state).
+      (steps in the tensors' own shapes, next state, the update rule's feedback ``[tensors, k]``).
     """
     limit = tile or (CPU_TILE if jax.default_backend() == "cpu" else 0)
     rows = tile_rows(spec.shape, limit) if kernel.step.tiled else 0
     if len(pairs) == 1:
         if rows:
-            steps, state = _in_tiles(
-                kernel, spec, pairs, jax.tree.map(lambda x: x[None], state), number, rows
-            )
-            return steps, jax.tree.map(lambda x: x[0], state)
+            state = jax.tree.map(lambda x: x[None], state)
+            steps, state, feedback = _in_tiles(kernel, spec, pairs, state, number, rows)
+            return steps, jax.tree.map(lambda x: x[0], state), feedback
         grad, param = (spec.enter(x).astype(jnp.float32) for x in pairs[0])
-        step, state = kernel.whole(spec, grad, param, state, number)
-        return [spec.leave(step)], state
+        step, state, feedback = kernel.whole(spec, grad, param, state, number)
+        return [spec.leave(step)], state, feedback[None]
     if rows:
         return _in_tiles(kernel, spec, pairs, state, number, rows)
 
-    def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], None]:
+    def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], Array]:
         state, steps = carry
         grad, param = _switch(i, pairs, lambda x: spec.enter(x).astype(jnp.float32))
         own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
-        step, new = kernel.whole(spec, grad, param, own, number + i)
+        step, new, feedback = kernel.whole(spec, grad, param, own, number + i)
         put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
-        return (jax.tree.map(put, state, new), put(steps, step)), None
+        return (jax.tree.map(put, state, new), put(steps, step)), feedback
 
     steps = jnp.zeros((len(pairs), *spec.shape), jnp.float32)
-    (state, steps), _ = lax.scan(body, (state, steps), jnp.arange(len(pairs)))
-    return [spec.leave(step) for step in steps], state
+    (state, steps), feedback = lax.scan(body, (state, steps), jnp.arange(len(pairs)))
+    return [spec.leave(step) for step in steps], state, feedback
+
+
+def rows_of_group(
+    spec: TensorSpec, pairs: Pairs, state: PyTree, row: Callable[[Array, Array, PyTree, Array], Array]
+) -> Array:
+    """Evaluates ``row(grad, param, state, index)`` for the tensors of one shape; returns ``[tensors, width]``."""
+    if len(pairs) == 1:
+        return row(*(spec.enter(x).astype(jnp.float32) for x in pairs[0]), state, jnp.int32(0))[None]
+
+    def body(_: None, i: Array) -> tuple[None, Array]:
+        both = _switch(i, pairs, lambda x: spec.enter(x).astype(jnp.float32))
+        own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
+        return None, row(*both, own, i)
+
+    return lax.scan(body, None, jnp.arange(len(pairs)))[1]
 
 
 def _in_tiles(
     kernel: TensorKernel, spec: TensorSpec, pairs: Pairs, state: PyTree, number: int, size: int
-) -> tuple[list[Array], PyTree]:
+) -> tuple[list[Array], PyTree, Array]:
     """Updates large tensors, each in tiles of ``size`` rows; ``state`` is stacked for one tensor too."""
 
-    def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], Array]:
+    def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], Any]:
         # Axes that move are moved once, not in every tile.
         chosen = [_switch(i, pairs, spec.enter)] if spec.order else pairs
         which = jnp.int32(0) if spec.order else i
@@ -90,15 +104,15 @@ def _in_tiles(
         def param() -> Array:
             return _switch(which, chosen)[1].astype(jnp.float32)
 
-        state, steps, scale = kernel.tiled(spec, fetch, param, *carry, i, number + i, size)
-        return (state, steps), scale
+        state, steps, *more = kernel.tiled(spec, fetch, param, *carry, i, number + i, size)
+        return (state, steps), more
 
     carry = (state, jnp.zeros((len(pairs), *spec.shape), jnp.float32))
     if len(pairs) == 1:
-        (state, steps), scale = body(carry, jnp.int32(0))
-        return [spec.leave(steps[0] * scale)], state
-    (state, steps), scales = lax.scan(body, carry, jnp.arange(len(pairs)))
-    return [spec.leave(steps[i] * scales[i]) for i in range(len(pairs))], state
+        (state, steps), (scale, feedback) = body(carry, jnp.int32(0))
+        return [spec.leave(steps[0] * scale)], state, feedback[None]
+    (state, steps), (scales, feedback) = lax.scan(body, carry, jnp.arange(len(pairs)))
+    return [spec.leave(steps[i] * scales[i]) for i in range(len(pairs))], state, feedback
 
 
 def _switch(

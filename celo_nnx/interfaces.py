@@ -3,13 +3,16 @@
 A learned optimizer is a sum of parts; everything learned is a :class:`MetaParam`, and theta is the pure
 dict of those::
 
-    LearnedOptimizer = accumulators + features + normalization + update rule + step
-                     + orthogonalization + output normalization + schedule + routing
+    LearnedOptimizer = clip + accumulators + features + normalization + context + update rule + step
+                     + orthogonalization + output normalization + loss tracker + rows + schedule + routing
 
     Celo2-base = momentum(.9, .99, .999) + second_moment(.95) + factored(.9, .99, .999)
                + 14 feature groups + second-moment normalization over the matrix axes + MLP 8-8
                + identity + second-moment output normalization + constant schedule + one route
     Celo2      = Celo2-base with newton_schulz for identity, and a route that sends some tensors to Adam
+    Celo       = Celo2-base with parameter-scaled steps, and an LSTM schedule of rows (time, loss) for constant
+    VeLO       = Celo with rows of every tensor's moments, and a bank of MLPs that the LSTM mixes
+    RNN-MLP    = momenta + second moments + MLP 32-32 with context from an LSTM, to which it gives back
     Muon       = Celo2 with theta_init "hand_made": the MLP passes RMS-normalized momentum through
 
 Meta-training is a second sum::
@@ -41,70 +44,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from celo_nnx.views import Controls, RunView, TensorSpec, TensorView
+
 Array = jax.Array
 PyTree = Any
+
+__all__ = ["Controls", "RunView", "TensorSpec", "TensorView"]
 
 
 class MetaParam(nnx.Param):
     """A meta-parameter: what meta-training learns. Theta is the state of all of them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """What is known of one parameter tensor when the optimizer state is made; static and hashable.
-
-    Attributes:
-      path: the tensor's place in the tree, keys joined by ``/``.
-      shape: the working shape: what the rule works on and state is kept in. Batch axes first, then the two
-        sides of the matrix, each side's own axes merged; ``(n,)`` for a vector, ``(1,)`` for a scalar.
-      matrix: the two axes (rows, columns) of ``shape`` that normalization and orthogonalization treat as the
-        matrix, the rest being a batch; None for a vector, whose only axis plays both parts. The last two in
-        either order: the side shorter than a vector register comes first.
-      factored: axes ``(d1, d0)`` of ``shape`` of the factored second moment, the second largest and the
-        largest (OPTIMIZERS section 1.4), or None for a vector.
-      own: the tensor's own shape; ``shape`` by default.
-      rows, columns: the own axes merged into each side of the matrix; the last two by default.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    matrix: tuple[int, int] | None
-    factored: tuple[int, int] | None
-    own: tuple[int, ...] | None = None
-    rows: tuple[int, ...] = ()
-    columns: tuple[int, ...] = ()
-
-    @property
-    def norm_axes(self) -> tuple[int, ...]:
-        """The axes over which "matrix" statistics run: the matrix axes, or the only axis."""
-        return self.matrix if self.matrix is not None else tuple(range(len(self.shape)))[-1:]
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The own axes that are neither rows nor columns."""
-        return tuple(a for a in range(len(self.own or ())) if a not in self.rows + self.columns)
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The own axes in the order of the working view; empty where nothing moves."""
-        if not self.rows or self.matrix is None:
-            return ()
-        flipped = self.matrix[0] > self.matrix[1]
-        order = self.batch + (self.columns + self.rows if flipped else self.rows + self.columns)
-        return () if order == tuple(range(len(order))) else order
-
-    def enter(self, x: Array) -> Array:
-        """Returns the working view ``[*shape]`` of the tensor's own array."""
-        return (x.transpose(self.order) if self.order else x).reshape(self.shape)
-
-    def leave(self, x: Array) -> Array:
-        """Returns the own array of a working view."""
-        if self.own is None:
-            return x
-        if not self.order:
-            return x.reshape(self.own)
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return x.reshape([self.own[a] for a in self.order]).transpose(back)
 
 
 class Part(nnx.Module):
@@ -130,30 +79,16 @@ class Accumulator(Part):
         """Returns what the update needs of a gradient ``[*S]``, or of a tile of its rows."""
         return grad
 
-    def update(self, state: PyTree, measured: PyTree, spec: TensorSpec) -> PyTree:
-        """Returns the state after one gradient."""
+    def update(self, state: PyTree, measured: PyTree, spec: TensorSpec, decay: Array | None = None) -> PyTree:
+        """Returns the state after one gradient; ``decay`` (scalar) is a schedule's, in place of the own."""
         raise NotImplementedError
 
-    def read(self, state: PyTree, spec: TensorSpec) -> Any:
-        """Returns what features see: for a bank, planes with the bank axis leading."""
+    def read(self, state: PyTree, spec: TensorSpec, count: Array) -> Any:
+        """Returns what features see: for a bank, planes with the bank axis leading.
+
+        ``count`` is the number of updates before this one, for bias correction.
+        """
         raise NotImplementedError
-
-
-@dataclasses.dataclass
-class TensorView:
-    """What a feature may look at for one tensor: parameter, gradient, and the accumulators' readings.
-
-    Attributes:
-      param: the parameter, ``[*S]`` float32.
-      grad: the clipped gradient, ``[*S]`` float32.
-      stats: reading by accumulator name; ``stats["momentum"]`` is ``[k, *S]``.
-      spec: the tensor's static description.
-    """
-
-    param: Array
-    grad: Array
-    stats: dict[str, Any]
-    spec: TensorSpec
 
 
 class Feature(Part):
@@ -180,20 +115,59 @@ class Normalization(Part):
         raise NotImplementedError
 
 
+class TensorFeature(Part):
+    """A few numbers about one tensor and the run: an input of the schedule, or context of the update rule."""
+
+    looks: bool = False  # whether it reads the tensor's arrays or shape
+    needs_num_steps: bool = False
+
+    def width(self, sizes: dict[str, int]) -> int:
+        """Returns how many numbers; ``sizes`` by name: bank sizes, ``loss``, and what a schedule shows."""
+        raise NotImplementedError
+
+    def values(self, view: RunView) -> Array:
+        """Returns the numbers, ``[width]``."""
+        raise NotImplementedError
+
+
 class UpdateRule(Part):
     """Maps the planes of a tensor to a direction and a log-magnitude; where the learning happens.
 
-    Built with ``widths`` (planes of each feature group) and ``key`` besides its config.
+    Built with ``widths`` (planes of each feature group), ``context`` (numbers of each context group) and
+    ``key`` besides its config. ``feedback`` is how many further outputs are averaged over the tensor and
+    given back to the schedule.
     """
 
-    def first_layer(self, groups: tuple[str, ...]) -> Array:
-        """Returns the weights ``[planes, H]`` that multiply the normalized planes of these groups."""
+    feedback: int = 0
+
+    def prepare(
+        self,
+        groups: tuple[str, ...],
+        scale: Array,
+        context: dict[str, Array],
+        controls: Controls,
+        count: Array,
+    ) -> dict[str, Array]:
+        """Returns what the whole tensor shares, computed once.
+
+        Args:
+          groups: the feature groups that this tensor has.
+          scale: the normalization's factor of each plane, ``[planes, *b]``, ``b`` broadcasting to the tensor.
+          context: numbers by context group.
+          controls: of this tensor.
+          count: updates done before this one.
+
+        Returns:
+          Arrays by name; those that vary over the tensor are ``[a, b, *shape with 1s]``.
+        """
         raise NotImplementedError
 
-    def __call__(self, planes: list[Array], weights: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """Maps raw planes to (direction, log-magnitude), both of ``shape``.
+    def __call__(
+        self, groups: dict[str, list[Array]], prepared: dict[str, Array], shape: tuple[int, ...]
+    ) -> tuple[Array, Array | None, list[Array]]:
+        """Maps raw planes to (direction, log-magnitude, ``feedback`` further planes), each of ``shape``.
 
-        ``weights`` ``[planes, H, *b]`` is the first layer with the normalization folded in.
+        A rule without a log-magnitude returns None for it.
         """
         raise NotImplementedError
 
@@ -211,9 +185,13 @@ class StepHead(Part):
         """Returns a scalar of the whole parameter that multiplies the step; None for 1."""
         return None
 
-    def __call__(self, direction: Array, magnitude: Array) -> Array:
+    def __call__(self, direction: Array, magnitude: Array | None) -> Array:
         """Returns the step, to be subtracted, before orthogonalization and output normalization."""
         raise NotImplementedError
+
+    def finish(self, step: Array, stats: dict[str, Any]) -> Array:
+        """Returns the step after output normalization; a head that changes it here is not ``tiled``."""
+        return step
 
 
 class RouteRule(Part):
@@ -243,13 +221,95 @@ class Orthogonalization(Part):
 
 
 class Schedule(Part):
-    """Gives the learning rate of an update."""
+    """Gives the learning rate of an update, and whatever else is decided per tensor.
+
+    A schedule that only knows the update's number overrides :meth:`base`. A learned one keeps a state; it sees
+    rows of tensor features, built with their total ``width``, and what the loss tracker says.
+
+    ``accumulators`` says which readings the rows are made from: ``"old"``, before this update's gradient, or
+    ``"new"``. ``shared`` says that all tensors always have the same row, so that there is one row in all.
+    """
 
     needs_num_steps: bool = False
     needs_value: bool = False
+    accumulators: str = "old"
 
-    def __call__(self, count: Array, num_steps: Array) -> Array:
+    def sizes(self) -> dict[str, int]:
+        """Returns the width of everything in :meth:`shown`."""
+        return {}
+
+    def base(self, count: Array, num_steps: Array) -> Array:
         """Returns the learning rate (scalar) for update number ``count`` (0 first) of ``num_steps``."""
+        raise NotImplementedError
+
+    def init(self, rows: int) -> PyTree:
+        """Returns the state at the start for so many rows."""
+        return {}
+
+    def shown(self, state: PyTree) -> dict[str, Array]:
+        """Returns what tensor features may see of the state, by name: ``[rows, k]`` or, shared, ``[1, k]``."""
+        return {}
+
+    def early(self, state: PyTree) -> Controls:
+        """Returns what is known before the rows are made: decays, where the schedule sets them."""
+        return Controls()
+
+    def advance(self, state: PyTree, rows: Array) -> tuple[Controls, PyTree]:
+        """Returns (controls of this update, next state) from rows ``[n, width]``."""
+        return Controls(), state
+
+    def feed(self, state: PyTree, feedback: Array) -> PyTree:
+        """Returns the state after the update rules' feedback, ``[n, k]``."""
+        return state
+
+    def hand_made(self) -> PyTree:
+        """Returns a theta of this schedule under which the learning rate is the base at every update."""
+        return {}
+
+
+class Tracker(Part):
+    """Follows the training loss and describes it by a few numbers; ``width`` of them."""
+
+    width: int = 0
+    needs_num_steps: bool = False
+    needs_value: bool = True
+
+    def init(self, num_steps: Array | int) -> PyTree:
+        """Returns the state at the start of a run."""
+        return {}
+
+    def update(self, state: PyTree, value: Array) -> PyTree:
+        """Returns the state after one loss, float32 scalar."""
+        return state
+
+    def read(self, state: PyTree, value: Array) -> Array:
+        """Returns the numbers ``[width]`` after :meth:`update` with the same loss."""
+        return jnp.zeros((0,), jnp.float32)
+
+
+class Clip(Part):
+    """Limits the gradients of learned tensors elementwise; the limit may follow the gradients."""
+
+    measures: bool = False  # whether update needs the mean square of the clipped gradients
+
+    def init(self) -> PyTree:
+        """Returns the state at the start."""
+        return {}
+
+    def limit(self, state: PyTree) -> Array | float | None:
+        """Returns the largest magnitude that passes in this update; None for no limit."""
+        raise NotImplementedError
+
+    def update(self, state: PyTree, mean_square: Array) -> PyTree:
+        """Returns the state after clipped gradients of this mean square (mean over tensors of their means)."""
+        return state
+
+
+class RateScale(Part):
+    """A constant factor of the learning rate for each learned tensor: muP's width multipliers, say."""
+
+    def __call__(self, path: str, shape: tuple[int, ...]) -> float:
+        """Returns the factor, above 0."""
         raise NotImplementedError
 
 

@@ -21,10 +21,13 @@ from jax import lax
 
 from celo_nnx.interfaces import (
     Accumulator,
+    Controls,
     Feature,
     Normalization,
     Orthogonalization,
+    RunView,
     StepHead,
+    TensorFeature,
     TensorSpec,
     TensorView,
     UpdateRule,
@@ -42,53 +45,74 @@ class TensorKernel:
     """The parts that a tensor's update goes through, bound together for one update.
 
     Attributes:
-      accumulators, features: by name, features in order.
+      accumulators, features, context: by name, in order.
       normalization, update_rule, step, orthogonalization, output_normalization: parts.
       storage: how accumulators are kept.
-      gradient_clip: elementwise limit.
+      limit: largest magnitude of a gradient's element that passes; None for no limit.
+      controls: what the schedule has decided, of all tensors.
+      run: what context features see of the run; ``shown`` is taken from ``controls``.
       seed: uint32 scalar, another for every update; only read by stochastic rounding.
     """
 
     accumulators: Mapping[str, Accumulator]
     features: Mapping[str, Feature]
+    context: Mapping[str, TensorFeature]
     normalization: Normalization
     update_rule: UpdateRule
     step: StepHead
     orthogonalization: Orthogonalization
     output_normalization: Normalization
     storage: Storage
-    gradient_clip: float
+    limit: Array | float | None
+    controls: Controls
+    run: RunView
     seed: Array
 
     def whole(
         self, spec: TensorSpec, grad: Array, param: Array, state: dict[str, PyTree], number: Array | int
-    ) -> tuple[Array, dict[str, PyTree]]:
+    ) -> tuple[Array, dict[str, PyTree], Array]:
         """Updates a tensor in one piece.
 
         Args:
           spec: the tensor's description.
           grad, param: working views ``[*S]``, float32.
           state: of every accumulator.
-          number: the tensor's, for rounding.
+          number: the tensor's among the learned ones.
 
         Returns:
-          (step ``[*S]``, to be subtracted; next state).
+          (step ``[*S]``, to be subtracted; next state; the update rule's feedback).
         """
-        grad = jnp.clip(grad, -self.gradient_clip, self.gradient_clip)
-        state = {n: self._advance(n, state[n], a.measure(grad, spec), spec, number) for n, a in self._all()}
-        stats = {n: a.read(self.storage.load(state[n]), spec) for n, a in self._all()}
+        grad, controls = self._clip(grad), self.controls.of(number)
+        state, stats = self.accumulate(spec, grad, state, number, controls)
         view = (param, grad, stats)
         axes = self.normalization.axes(spec)
         squares = block_mean_squares(lambda t: self._flat(spec, t), view, spec.shape, axes)
-        weights = self._weights(spec, tuple(self._groups(spec, view)), squares)
-        factor = self.step.factor(param)
+        groups = tuple(self._groups(spec, view))
+        prepared = self._prepare(spec, groups, squares, controls, lambda: TensorView(*view, spec))
+        step, feedback = self._fenced_rule(spec, view, prepared, spec.shape, self.step.factor(param))
+        step = self.orthogonalization(step, spec)
+        step = self.step.finish(step * self._output_scale(step, spec), stats)
+        return step, state, feedback
 
-        def rule(tree: tuple[Array, Array, dict[str, Any]], weights: Array) -> Array:
-            step = self.step(*self.update_rule(self._flat(spec, tree), weights, spec.shape))
-            return step if factor is None else step * factor
+    def accumulate(
+        self,
+        spec: TensorSpec,
+        grad: Array,
+        state: dict[str, PyTree],
+        number: Array | int,
+        controls: Controls,
+    ) -> tuple[dict[str, PyTree], dict[str, Any]]:
+        """Returns the accumulators' next state after a clipped gradient, and its readings."""
+        new = {
+            n: self._advance(n, state[n], a.measure(grad, spec), spec, number, controls)
+            for n, a in self._all()
+        }
+        return new, self.read(spec, new)
 
-        step = self.orthogonalization(fence(rule, grad, view, weights), spec)
-        return step * self._output_scale(step, spec), state
+    def read(self, spec: TensorSpec, state: dict[str, PyTree]) -> dict[str, Any]:
+        """Returns the readings of some accumulators."""
+        loaded = self.storage.load(state)
+        return {n: self.accumulators[n].read(x, spec, self.run.count) for n, x in loaded.items()}
 
     def tiled(
         self,
@@ -100,66 +124,94 @@ class TensorKernel:
         index: Array,
         number: Array | int,
         size: int,
-    ) -> tuple[dict[str, PyTree], Array, Array]:
+    ) -> tuple[dict[str, PyTree], Array, Array, Array]:
         """Updates a tensor in tiles of ``size`` rows.
 
-          Args:
-            spec: the tensor's description, of rank 2 or more.
-            fetch: returns working rows of gradient and parameter, float32.
-            param: returns the whole parameter.
-            state: of every accumulator, stacked ``[tensors, ...]``.
-            steps: ``[tensors, *S]``, written in place.
-            index: which of the stacked tensors.
-        number: the tensor's among all, for rounding.
-            size: rows of a tile.
+        Args:
+          spec: the tensor's description, of rank 2 or more.
+          fetch: returns working rows of gradient and parameter, float32.
+          param: returns the whole parameter.
+          state: of every accumulator, stacked ``[tensors, ...]``.
+          steps: ``[tensors, *S]``, written in place.
+          index: which of the stacked tensors.
+          number: the tensor's among the learned ones.
+          size: rows of a tile.
 
-          Returns:
-            (state, steps, factor ``[*S with 1s]`` that the tensor's step is still to be multiplied by).
+        Returns:
+          (state, steps, factor ``[*S with 1s]`` that the tensor's step is still to be multiplied by, the
+          update rule's feedback).
         """
-        full = spec.shape[-2]
+        full, controls = spec.shape[-2], self.controls.of(number)
         state = dict(state)
-        state |= self._reduce(spec, fetch, state, index, number, size)
+        state |= self._reduce(spec, fetch, state, index, number, controls, size)
         moving = {n: state[n] for n, a in self._all() if a.elementwise}
-        fixed = {
-            n: a.read(self.storage.load(_at(state[n], index)), spec)
-            for n, a in self._all()
-            if not a.elementwise
-        }
+        fixed = self.read(spec, {n: _at(state[n], index) for n, a in self._all() if not a.elementwise})
 
         def tile(moving: dict[str, PyTree], start: Array | int, count: int) -> tuple[Any, dict[str, PyTree]]:
             """Returns what features see of rows, and the accumulators' new rows as they are kept."""
             grad, weight = fetch(start, count)
-            grad = jnp.clip(grad, -self.gradient_clip, self.gradient_clip)
-            old = _rows(moving, index, start, count)
+            grad, old = self._clip(grad), _rows(moving, index, start, count)
             new = {
-                n: self._advance(n, old[n], self.accumulators[n].measure(grad, spec), spec, number, start)
+                n: self._advance(
+                    n, old[n], self.accumulators[n].measure(grad, spec), spec, number, controls, start
+                )
                 for n in moving
             }
-            stats = {n: self.accumulators[n].read(self.storage.load(new[n]), spec) for n in new}
-            stats |= rows(fixed, len(spec.shape), start, count, full)
+            stats = self.read(spec, new) | rows(fixed, len(spec.shape), start, count, full)
             return (weight, grad, stats), new
 
-        weights = self._weights(spec, *self._tiled_squares(spec, tile, moving, fixed, size))
+        groups, squares = self._tiled_squares(spec, tile, moving, fixed, size)
+        prepared = self._prepare(
+            spec, groups, squares, controls, lambda: TensorView(param(), jnp.zeros(()), fixed, spec)
+        )
         factor = self.step.factor(param())
 
-        def write(carry: tuple[PyTree, Array], start: Array | int, count: int) -> tuple[PyTree, Array]:
-            moving, steps = carry
+        def write(carry: tuple[PyTree, Array, Array], start: Array | int, count: int) -> Any:
+            moving, steps, total = carry
             view, new = tile(moving, start, count)
             shape = (*spec.shape[:-2], count, spec.shape[-1])
+            own = rows(prepared, len(spec.shape) + 2, start, count, full)
+            step, feedback = self._fenced_rule(spec, view, own, shape, factor)
+            moving, steps = (_put_rows(x, y, index, start) for x, y in ((moving, new), (steps, step)))
+            return moving, steps, total + feedback * (count / full)
 
-            def rule(tree: Any, weights: Array) -> Array:
-                step = self.step(*self.update_rule(self._flat(spec, tree), weights, shape))
-                return step if factor is None else step * factor
-
-            step = fence(rule, view[1], view, rows(weights, len(spec.shape), start, count, full))
-            return _put_rows(moving, new, index, start), _put_rows(steps, step, index, start)
-
-        moving, steps = over_tiles(full, size, write, (moving, steps))
+        total = jnp.zeros((self.update_rule.feedback,), jnp.float32)
+        moving, steps, total = over_tiles(full, size, write, (moving, steps, total))
         step = lax.dynamic_index_in_dim(steps, index, keepdims=False)
         made = self.orthogonalization(step, spec)
         if made is not step:
             steps = lax.dynamic_update_index_in_dim(steps, made, index, 0)
-        return state | moving, steps, self._output_scale(made, spec)
+        return state | moving, steps, self._output_scale(made, spec), total
+
+    def row(
+        self,
+        spec: TensorSpec,
+        grad: Array,
+        param: Array,
+        state: dict[str, PyTree],
+        number: Array | int,
+        features: Mapping[str, TensorFeature],
+        shown: dict[str, Array],
+        old: bool,
+    ) -> Array:
+        """Returns the schedule's row of one tensor, ``[width]``.
+
+        Args:
+          spec, grad, param, state, number: as in :meth:`whole`.
+          features: of the row, in order.
+          shown: what the schedule shows of its state for this tensor.
+          old: whether readings are those before this update.
+        """
+        grad = self._clip(grad)
+        stats = self.read(spec, state)
+        if not old:
+            _, stats = self.accumulate(spec, grad, state, number, self.controls.of(number))
+        tensor = TensorView(param, grad, stats, spec)
+        view = dataclasses.replace(self.run, shown=shown, tensor=tensor, spec=spec)
+        return jnp.concatenate([f.values(view) for f in features.values()])
+
+    def _clip(self, grad: Array) -> Array:
+        return grad if self.limit is None else jnp.clip(grad, -self.limit, self.limit)
 
     def _reduce(
         self,
@@ -168,6 +220,7 @@ class TensorKernel:
         state: dict[str, PyTree],
         index: Array,
         number: Array | int,
+        controls: Controls,
         size: int,
     ) -> dict[str, PyTree]:
         """Returns the next states of the accumulators that reduce the gradient, still stacked."""
@@ -179,7 +232,7 @@ class TensorKernel:
             return {n: a.measure(grad, spec) for n, a in parts.items()}
 
         def add(total: dict[str, PyTree], start: Array | int, count: int) -> dict[str, PyTree]:
-            grad = jnp.clip(fetch(start, count)[0], -self.gradient_clip, self.gradient_clip)
+            grad = self._clip(fetch(start, count)[0])
 
             def join(whole: Array, part: Array) -> Array:
                 if whole.shape[-2] == 1:  # a mean over the rows
@@ -193,7 +246,7 @@ class TensorKernel:
         measured = over_tiles(spec.shape[-2], size, add, zeros)
         out = {}
         for n in parts:
-            new = self._advance(n, _at(state[n], index), measured[n], spec, number)
+            new = self._advance(n, _at(state[n], index), measured[n], spec, number, controls)
             out[n] = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, index, 0), state[n], new)
         return out
 
@@ -204,7 +257,7 @@ class TensorKernel:
         shape, axes = spec.shape, self.normalization.axes(spec)
         # Planes of row and column factors alone are small; others, made of zeros here, are never evaluated.
         zeros = jnp.zeros(shape, jnp.float32)
-        stats = {n: self.accumulators[n].read(self.accumulators[n].init(spec), spec) for n in moving}
+        stats = self.read(spec, {n: self.accumulators[n].init(spec) for n in moving})
         groups = self._groups(spec, (zeros, zeros, stats | fixed))
         planes = sum(groups.values(), [])
         big = [j for j, x in enumerate(planes) if x.shape == shape]
@@ -240,10 +293,12 @@ class TensorKernel:
         measured: PyTree,
         spec: TensorSpec,
         number: Array | int,
+        controls: Controls,
         offset: Array | int = 0,
     ) -> PyTree:
         """Returns an accumulator's next state as it is kept."""
-        new = self.accumulators[name].update(self.storage.load(old), measured, spec)
+        part = self.accumulators[name]
+        new = part.update(self.storage.load(old), measured, spec, controls.decays.get(name))
         seed = mix(mix(self.seed, number), list(self.accumulators).index(name))
         return self.storage.keep(new, old, seed, offset)
 
@@ -255,11 +310,36 @@ class TensorKernel:
     def _flat(self, spec: TensorSpec, tree: tuple[Array, Array, dict[str, Any]]) -> list[Array]:
         return sum(self._groups(spec, tree).values(), [])
 
-    def _weights(self, spec: TensorSpec, groups: tuple[str, ...], squares: Array) -> Array:
-        """Returns the rule's first layer with the normalization folded in, ``[planes, H, *b]``."""
-        weights = self.update_rule.first_layer(groups)
+    def _prepare(
+        self,
+        spec: TensorSpec,
+        groups: tuple[str, ...],
+        squares: Array,
+        controls: Controls,
+        tensor: Callable[[], TensorView],
+    ) -> dict[str, Array]:
+        """Returns what the update rule shares over the tensor."""
+        shown = {} if controls.context is None else {"controls": controls.context}
+        view = dataclasses.replace(self.run, shown=shown, spec=spec)
+        if any(feature.looks for feature in self.context.values()):
+            view = dataclasses.replace(view, tensor=tensor())
+        context = {name: feature.values(view) for name, feature in self.context.items()}
         scale = self.normalization.scale(squares)
-        return weights.reshape(*weights.shape, *(1,) * len(spec.shape)) * scale[:, None]
+        return self.update_rule.prepare(groups, scale, context, controls, self.run.count)
+
+    def _fenced_rule(
+        self, spec: TensorSpec, view: Any, prepared: PyTree, shape: tuple[int, ...], factor: Array | None
+    ) -> tuple[Array, Array]:
+        """Returns (step before orthogonalization, feedback) of a tensor or of a tile."""
+
+        def rule(view: Any, prepared: PyTree) -> tuple[Array, Array]:
+            direction, magnitude, more = self.update_rule(self._groups(spec, view), prepared, shape)
+            step = self.step(direction, magnitude)
+            feedback = jnp.stack([jnp.mean(x) for x in more]) if more else jnp.zeros((0,), jnp.float32)
+            return (step if factor is None else step * factor), feedback
+
+        like = (view[1], jax.ShapeDtypeStruct((self.update_rule.feedback,), jnp.float32))
+        return fence(rule, like, view, prepared)
 
     def _output_scale(self, step: Array, spec: TensorSpec) -> Array:
         axes = self.output_normalization.axes(spec)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,18 +12,24 @@ import optax
 from flax import nnx
 
 from celo_nnx.errors import UserError, require
-from celo_nnx.groups import stacked, update_group
+from celo_nnx.groups import rows_of_group, stacked, update_group
 from celo_nnx.interfaces import (
     Accumulator,
+    Clip,
+    Controls,
     Feature,
     MetaParam,
     Normalization,
     Orthogonalization,
+    RateScale,
     RouteRule,
     Routing,
+    RunView,
     Schedule,
     StepHead,
+    TensorFeature,
     TensorSpec,
+    Tracker,
     UpdateRule,
 )
 from celo_nnx.kernel import TensorKernel
@@ -36,53 +44,80 @@ LEARNED = "learned"
 STATE_VERSION = 1  # of the optimizer state's tree; see LearnedOptimizer.init
 
 
-class LearnedOptimizer(nnx.Module):
-    """A learned optimizer composed of parts; fulfils :class:`celo_nnx.interfaces.Optimizer`.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a config says besides parts.
 
-    Per learned tensor and update (equations E1 to E8 of OPTIMIZERS section 4): clip the gradient, update
-    the accumulators, make the feature planes, take their mean squares, run the update rule on normalized
-    planes, then step head, orthogonalization, output normalization; ``p <- p - eta (y + wd p)``.
-
-    Args:
-      accumulators, features: by name, in order.
-      normalization, update_rule, step, orthogonalization, output_normalization, schedule, routing: parts.
-      routes: hand-made rules by route name.
+    Attributes:
       tensors: how tensors are looked at.
       state: how accumulators are kept.
-      gradient_clip: elementwise limit for learned tensors, above 0.
       weight_decay: decoupled, 0 or more.
       tile: elements at most in a tile of a large tensor; 0 decides by the device (CPU 262144, others none).
     """
 
-    def __init__(
-        self,
-        *,
-        accumulators: dict[str, Accumulator],
-        features: dict[str, Feature],
-        normalization: Normalization,
-        update_rule: UpdateRule,
-        step: StepHead,
-        orthogonalization: Orthogonalization,
-        output_normalization: Normalization,
-        schedule: Schedule,
-        routing: Routing,
-        routes: dict[str, RouteRule],
-        tensors: Tensors,
-        state: Storage,
-        gradient_clip: float,
-        weight_decay: float,
-        tile: int,
-    ) -> None:
-        require(gradient_clip > 0, "gradient_clip", gradient_clip, "a number above 0")
-        require(weight_decay >= 0, "weight_decay", weight_decay, "a number of at least 0")
-        require(type(tile) is int and tile >= 0, "tile", tile, "an integer of at least 0")
-        self.accumulators, self.features = nnx.Dict(accumulators), nnx.Dict(features)
-        self.feature_order = tuple(features)
-        self.normalization, self.update_rule, self.step = normalization, update_rule, step
-        self.orthogonalization, self.output_normalization = orthogonalization, output_normalization
-        self.schedule, self.routing, self.routes = schedule, routing, nnx.Dict(routes)
-        self.tensors, self.state = nnx.static(tensors), nnx.static(state)
-        self.gradient_clip, self.weight_decay, self.tile = float(gradient_clip), float(weight_decay), tile
+    tensors: Tensors = Tensors()
+    state: Storage = Storage()
+    weight_decay: float = 0.0
+    tile: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
+        require(type(self.tile) is int and self.tile >= 0, "tile", self.tile, "an integer of at least 0")
+
+
+class LearnedOptimizer(nnx.Module):
+    """A learned optimizer composed of parts; fulfils :class:`celo_nnx.interfaces.Optimizer`.
+
+    An update follows the loss, clips the gradients, has the schedule decide from its rows, and then for every
+    learned tensor (equations E1 to E8 of OPTIMIZERS section 4): updates the accumulators, makes the feature
+    planes, takes their mean squares, runs the update rule on normalized planes, then step head,
+    orthogonalization, output normalization; ``p <- p - eta rate (y + wd p)``.
+
+    Args:
+      parts: by slot; ``accumulators``, ``features``, ``context``, ``rows`` and ``routes`` are dicts by name,
+        in order; the others single parts: ``clip``, ``normalization``, ``update_rule``, ``step``,
+        ``orthogonalization``, ``output_normalization``, ``tracker``, ``schedule``, ``rate_scale``,
+        ``routing``.
+      settings: what is not a part.
+    """
+
+    accumulators: nnx.Dict[Accumulator]
+    features: nnx.Dict[Feature]
+    context: nnx.Dict[TensorFeature]
+    rows: nnx.Dict[TensorFeature]
+    routes: nnx.Dict[RouteRule]
+    clip: Clip
+    normalization: Normalization
+    update_rule: UpdateRule
+    step: StepHead
+    orthogonalization: Orthogonalization
+    output_normalization: Normalization
+    tracker: Tracker
+    schedule: Schedule
+    rate_scale: RateScale
+    routing: Routing
+
+    def __init__(self, parts: Mapping[str, Any], settings: Settings) -> None:
+        for slot, part in parts.items():
+            setattr(self, slot, nnx.Dict(part) if isinstance(part, dict) else part)
+        # An nnx.Dict is kept sorted; the order is that of the update rule's first layer and of the rows.
+        self.orders = tuple((n, tuple(p)) for n, p in parts.items() if isinstance(p, dict))
+        self.settings = nnx.static(settings)
+
+    def named(self, slot: str) -> dict[str, Any]:
+        """Returns the parts of a slot that holds several, in their order."""
+        return {name: getattr(self, slot)[name] for name in dict(self.orders)[slot]}
+
+    @property
+    def needs_num_steps(self) -> bool:
+        """Whether a part uses the length of the run."""
+        features = (*self.rows.values(), *self.context.values())
+        return any(part.needs_num_steps for part in (self.schedule, self.tracker, *features))
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether a part uses the loss."""
+        return self.schedule.needs_value or self.tracker.needs_value
 
     @property
     def theta(self) -> PyTree:
@@ -104,13 +139,13 @@ class LearnedOptimizer(nnx.Module):
         """Returns this optimizer with another way of looking at tensors."""
         graphdef, theta, rest = nnx.split(self, MetaParam, ...)
         other = nnx.merge(graphdef, theta, rest)
-        other.tensors = nnx.static(tensors)
+        other.settings = nnx.static(dataclasses.replace(self.settings, tensors=tensors))
         return other
 
     def _routes(self, params: PyTree) -> dict[str, str]:
         """Returns the route of each path; decided by path and shape alone, so the same at every call."""
         table = {}
-        given = {path: rows for path, rows, _ in self.tensors.given}
+        given = {path: rows for path, rows, _ in self.settings.tensors.given}
         for path, leaf in tensor_paths(params):
             if path in table:
                 raise UserError(f"two parameters have the path {path!r}: rename one of them")
@@ -127,12 +162,12 @@ class LearnedOptimizer(nnx.Module):
                     f"tensor {path!r} is routed to {route!r}, which is not a route; known: {known}"
                 )
             table[path] = route
-        self.tensors.check_patterns(table)
+        self.settings.tensors.check_patterns(table)
         return table
 
     def specs(self, params: PyTree) -> dict[str, TensorSpec]:
         """Returns the description of every tensor by path, whatever its route."""
-        return self.tensors.specs({path: tuple(leaf.shape) for path, leaf in tensor_paths(params)})
+        return self.settings.tensors.specs({path: tuple(leaf.shape) for path, leaf in tensor_paths(params)})
 
     def routing_table(self, params: PyTree) -> str:
         """Says for a model which tensor takes which rule, with which axes.
@@ -189,8 +224,8 @@ class LearnedOptimizer(nnx.Module):
           num_steps: length of the run; only read by schedules that need it.
 
         Returns:
-          ``{"version", "count", "num_steps": int32 scalars, "learned": {shape: {accumulator: state}},
-          "routes": {route: its rule's state}}``. Tensors of one shape share an entry, stacked on a leading
+          ``{"version", "count", "num_steps": int32 scalars, "clip", "tracker", "schedule": those parts'
+          states, "learned": {shape: {accumulator: state}}, "routes": {route: its rule's state}}``. Tensors of one shape share an entry, stacked on a leading
           axis in flatten order, so that their update compiles once. ``version`` changes when this tree does:
           a restored state of another version is refused.
 
@@ -203,17 +238,29 @@ class LearnedOptimizer(nnx.Module):
         for path, leaf in tensor_paths(params):
             if table[path] != LEARNED:
                 others[table[path]][path] = leaf
-        learned = {}
-        for name, specs in self._groups(params, table).items():
-            one = {n: self.state.init(a.init(specs[0]), specs[0].shape) for n, a in self.accumulators.items()}
+        learned, storage = {}, self.settings.state
+        groups = self._groups(params, table)
+        for name, specs in groups.items():
+            one = {n: storage.init(a.init(specs[0]), specs[0].shape) for n, a in self.accumulators.items()}
             learned[name] = stacked(one, len(specs))
         return {
             "version": jnp.asarray(STATE_VERSION, jnp.int32),
             "count": jnp.zeros((), jnp.int32),
             "num_steps": jnp.asarray(num_steps, jnp.int32),
+            "clip": self.clip.init(),
+            "tracker": self.tracker.init(num_steps),
+            "schedule": self.schedule.init(self._rows(groups)),
             "learned": learned,
-            "routes": {n: self.state.init(self.routes[n].init(own)) for n, own in others.items() if own},
+            "routes": {n: storage.init(self.routes[n].init(own)) for n, own in others.items() if own},
         }
+
+    def _rows(self, groups: dict[str, list[TensorSpec]]) -> int:
+        """Returns how many rows the schedule sees: one where none of them looks at its tensor."""
+        return max(1, sum(len(specs) for specs in groups.values())) if self._looks else 1
+
+    @property
+    def _looks(self) -> bool:
+        return any(feature.looks for feature in self.rows.values())
 
     def update(
         self,
@@ -249,50 +296,108 @@ class LearnedOptimizer(nnx.Module):
         _check_version(state["version"])
         leaves, grad_of = tensor_paths(params), dict(tensor_paths(grads))
         mask = _decayed(decay_mask, params)
-        lr = self.schedule(state["count"], state["num_steps"]) if learning_rate is None else learning_rate
-        decay = self.weight_decay if weight_decay is None else weight_decay
+        lr = (
+            self.schedule.base(state["count"], state["num_steps"]) if learning_rate is None else learning_rate
+        )
+        decay = self.settings.weight_decay if weight_decay is None else weight_decay
         table = self._routes(params)
         pairs = {path: (grad_of[path], param) for path, param in leaves}
+        groups = self._groups(params, table)
+        new = dict(state)
+        kernel = self._decide(groups, pairs, state, new, jnp.asarray(value, jnp.float32))
         steps = {path: jnp.zeros(p.shape, jnp.float32) for path, p in leaves if not p.size}
-        learned, routes = {}, {}
-        kernel, number = self._kernel(state["count"]), 0
-        for name, specs in self._groups(params, table).items():
-            of_group = [pairs[s.path] for s in specs]
-            made, learned[name] = update_group(
-                kernel, specs[0], of_group, state["learned"][name], number, self.tile
+        rates, feedback, new["learned"], new["routes"] = {}, [], {}, {}
+        for name, specs in groups.items():
+            of_group, number = [pairs[s.path] for s in specs], len(rates)
+            made, new["learned"][name], back = update_group(
+                kernel, specs[0], of_group, state["learned"][name], number, self.settings.tile
             )
-            steps.update(zip((s.path for s in specs), made, strict=True))
-            number += len(specs)
-        for name in state["routes"]:
+            feedback.append(back)
+            for i, (spec, step) in enumerate(zip(specs, made, strict=True)):
+                steps[spec.path] = step
+                factor = self.rate_scale(spec.path, spec.own or spec.shape)
+                rate = kernel.controls.of(number + i).rate
+                rates[spec.path] = factor if rate is None else factor * rate
+        if self.update_rule.feedback and feedback:
+            new["schedule"] = self.schedule.feed(new["schedule"], jnp.concatenate(feedback))
+        for index, name in enumerate(state["routes"]):
             gs, ps = ({p: pairs[p][i] for p, _ in leaves if table[p] == name} for i in (0, 1))
             gs, old = {path: g.astype(jnp.float32) for path, g in gs.items()}, state["routes"][name]
-            made, new = self.routes[name].update(gs, self.state.load(old), ps, state["count"])
-            routes[name] = self.state.keep(new, old, mix(kernel.seed, number))
+            made, after = self.routes[name].update(gs, self.settings.state.load(old), ps, state["count"])
+            seed = mix(kernel.seed, len(rates) + index)
+            new["routes"][name] = self.settings.state.keep(after, old, seed)
             steps.update(made)
-            number += 1
+            rates |= {path: self.routes[name].multiplier for path in made}
         updates = []
         for path, param in leaves:
-            rate = lr if table[path] == LEARNED else lr * self.routes[table[path]].multiplier
-            step = steps[path]
+            rate, step = lr * rates.get(path, 1.0), steps[path]
             if mask[path] and not (isinstance(decay, (int, float)) and decay == 0):
                 step = step + decay * param.astype(jnp.float32)
             updates.append((-rate * step).astype(param.dtype))
-        count = optax.safe_increment(state["count"])
-        new_state = {**state, "count": count, "learned": learned, "routes": routes}
-        return jax.tree.unflatten(jax.tree.structure(params), updates), new_state
+        new["count"] = optax.safe_increment(state["count"])
+        return jax.tree.unflatten(jax.tree.structure(params), updates), new
 
-    def _kernel(self, count: Array) -> TensorKernel:
+    def _decide(
+        self,
+        groups: dict[str, list[TensorSpec]],
+        pairs: dict[str, tuple[Array, Array]],
+        state: dict[str, PyTree],
+        new: dict[str, PyTree],
+        value: Array,
+    ) -> TensorKernel:
+        """Follows the loss, limits the gradients and runs the schedule; writes their states to ``new``.
+
+        Returns:
+          The kernel of this update, with the schedule's controls.
+        """
+        new["tracker"] = self.tracker.update(state["tracker"], value)
+        limit = self.clip.limit(state["clip"])
+        if self.clip.measures:
+            grads = [pairs[s.path][0].astype(jnp.float32) for specs in groups.values() for s in specs]
+            clipped = grads if limit is None else [jnp.clip(g, -limit, limit) for g in grads]
+            mean_square = jnp.mean(jnp.stack([jnp.mean(g * g) for g in clipped]))
+            new["clip"] = self.clip.update(state["clip"], mean_square)
+        run = RunView(
+            count=state["count"],
+            num_steps=state["num_steps"],
+            loss=self.tracker.read(new["tracker"], value),
+            tensors=sum(len(specs) for specs in groups.values()),
+            shown={},
+        )
+        early = self.schedule.early(state["schedule"])
+        kernel = self._kernel(run, limit, early)
+        if not self.rows:
+            return kernel
+        shown, number, made = self.schedule.shown(state["schedule"]), 0, []
+        if not self._looks:
+            view = dataclasses.replace(run, shown={name: x[0] for name, x in shown.items()})
+            made = [jnp.concatenate([f.values(view) for f in self.named("rows").values()])[None]]
+        for name, specs in groups.items() if self._looks else ():
+
+            def row(grad: Array, param: Array, own: PyTree, i: Array, spec=specs[0], first=number) -> Array:
+                seen = {n: x[0] if x.shape[0] == 1 else x[first + i] for n, x in shown.items()}
+                old = self.schedule.accumulators == "old"
+                return kernel.row(spec, grad, param, own, first + i, self.named("rows"), seen, old)
+
+            made.append(rows_of_group(specs[0], [pairs[s.path] for s in specs], state["learned"][name], row))
+            number += len(specs)
+        if not made:
+            return kernel
+        controls, new["schedule"] = self.schedule.advance(state["schedule"], jnp.concatenate(made))
+        return dataclasses.replace(kernel, controls=controls)
+
+    def _kernel(self, run: RunView, limit: Array | float | None, controls: Controls) -> TensorKernel:
+        single = ("normalization", "update_rule", "step", "orthogonalization", "output_normalization")
         return TensorKernel(
-            accumulators=dict(self.accumulators.items()),
-            features={name: self.features[name] for name in self.feature_order},
-            normalization=self.normalization,
-            update_rule=self.update_rule,
-            step=self.step,
-            orthogonalization=self.orthogonalization,
-            output_normalization=self.output_normalization,
-            storage=self.state,
-            gradient_clip=self.gradient_clip,
-            seed=mix(jnp.uint32(0), count),
+            accumulators=self.named("accumulators"),
+            features=self.named("features"),
+            context=self.named("context"),
+            **{slot: getattr(self, slot) for slot in single},
+            storage=self.settings.state,
+            limit=limit,
+            controls=controls,
+            run=run,
+            seed=mix(jnp.uint32(0), run.count),
         )
 
     as_optax = as_optax

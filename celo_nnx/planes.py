@@ -23,8 +23,8 @@ def rsqrt_floored(x: Array) -> Array:
     return lax.rsqrt(jnp.maximum(x, 1e-9))
 
 
-def fence(function: Callable[..., Array], like: Array, *args: PyTree) -> Array:
-    """Evaluates ``function(*args)``, an array like ``like``, so that XLA's CPU compiler computes it once.
+def fence(function: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:
+    """Evaluates ``function(*args)``, a tree like ``like``, so that XLA's CPU compiler computes it once.
 
     Its fusion pass copies a cheap producer into each consumer, and a whole unrolled MLP counts as cheap:
     a sum of squares and the step that follows would evaluate it twice. A conditional is never fused
@@ -34,7 +34,8 @@ def fence(function: Callable[..., Array], like: Array, *args: PyTree) -> Array:
     if jax.default_backend() != "cpu":
         return function(*args)
     taken = lax.optimization_barrier(jnp.bool_(True))
-    return lax.cond(taken, function, lambda *_: jnp.zeros(like.shape, like.dtype), *args)
+    zeros = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)  # noqa: E731
+    return lax.cond(taken, function, zeros, *args)
 
 
 def rows(tree: PyTree, rank: int, start: Array | int, size: int, full: int) -> PyTree:

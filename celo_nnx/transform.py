@@ -58,8 +58,8 @@ def as_optax(
       >>> optax.apply_updates(params, updates)["w"].shape
       (4, 4)
     """
-    if num_steps is None and optimizer.schedule.needs_num_steps:
-        raise UserError("num_steps is required: the schedule of this optimizer uses the length of the run")
+    if num_steps is None and optimizer.needs_num_steps:
+        raise UserError("num_steps is required: a part of this optimizer uses the length of the run")
     if not isinstance(num_steps, jax.Array):
         whole = type(num_steps) is int and num_steps >= 1
         require(num_steps is None or whole, "num_steps", num_steps, "an integer of at least 1")
@@ -72,18 +72,18 @@ def as_optax(
         if dimensions is None:
             return optimizer
         given = dimension_numbers(dimensions, params)
-        return optimizer.with_tensors(dataclasses.replace(optimizer.tensors, given=given))
+        return optimizer.with_tensors(dataclasses.replace(optimizer.settings.tensors, given=given))
 
     def init(params: PyTree) -> PyTree:
         state = looking(params).init(params, 0 if num_steps is None else num_steps)
-        return state | {"diagnostics": _diagnostics(params, params, params, 1.0)} if diagnostics else state
+        return state | {"diagnostics": _diagnostics(params, params, params, None)} if diagnostics else state
 
     def update(
         grads: PyTree, state: PyTree, params: PyTree | None = None, *, value: Any = None, **_: Any
     ) -> tuple[PyTree, PyTree]:
         if params is None:
             raise UserError("update needs params: tx.update(grads, state, params)")
-        if value is None and optimizer.schedule.needs_value:
+        if value is None and optimizer.needs_value:
             raise UserError("update needs value: tx.update(grads, state, params, value=loss)")
         if diagnostics:
             require("diagnostics" in state, "state", sorted(state), "one that was made with diagnostics")
@@ -97,7 +97,7 @@ def as_optax(
             decay_mask=mask(params) if callable(mask) else mask,
         )
         if diagnostics:
-            new["diagnostics"] = _diagnostics(grads, params, updates, optimizer.gradient_clip)
+            new["diagnostics"] = _diagnostics(grads, params, updates, optimizer.clip.limit(state["clip"]))
         return updates, new
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -123,13 +123,16 @@ def diagnostics(state: PyTree) -> dict[str, dict[str, Array]]:
     return found
 
 
-def _diagnostics(grads: PyTree, params: PyTree, updates: PyTree, limit: float) -> dict[str, dict[str, Array]]:
+def _diagnostics(
+    grads: PyTree, params: PyTree, updates: PyTree, limit: Array | float | None
+) -> dict[str, dict[str, Array]]:
     def rms(x: Array) -> Array:
         return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
     grad_of, update_of = dict(tensor_paths(grads)), dict(tensor_paths(updates))
     out = {}
     for path, param in tensor_paths(params):
+        limit = jnp.inf if limit is None else limit
         clipped = jnp.mean((jnp.abs(grad_of[path]) > limit).astype(jnp.float32))
         out[path] = {"update_rms": rms(update_of[path]), "param_rms": rms(param), "clipped": clipped}
     return out

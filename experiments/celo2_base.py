@@ -28,6 +28,7 @@ FOURTEEN = (
 def rule() -> dict[str, Any]:
     """Returns the section ``optimizer``; Celo2 differs in orthogonalization and routing."""
     return dict(
+        clip=dict(kind="elementwise", limit=1000.0),
         accumulators=dict(
             momentum=dict(kind="momentum", decays=(0.9, 0.99, 0.999)),
             second_moment=dict(kind="second_moment", decays=(0.95,)),
@@ -44,7 +45,6 @@ def rule() -> dict[str, Any]:
         routes={},
         tensors=dict(axes="networks", matrix=(), factored=()),
         state=dict(dtype="float32", rounding="stochastic"),
-        gradient_clip=1000.0,
         weight_decay=0.0,
         tile=0,
     )

@@ -20,37 +20,51 @@ class FactoredReading:
     Attributes:
       row: ``[k, *S]`` with size 1 on d0; None where the tensor is not factored, like the next three.
       column: ``[k, *S]`` with size 1 on d1.
-      row_factor, column_factor: R and C of OPTIMIZERS (A1), shaped like ``row`` and ``column``.
+      factors: R and C of OPTIMIZERS (A1), shaped like ``row`` and ``column``.
+      raw_factors: the same without bias correction, which the gradient's preconditioner never has.
       diagonal: ``[k, *S]``, the unfactored average; None where the tensor is factored.
     """
 
     row: Array | None = None
     column: Array | None = None
-    row_factor: Array | None = None
-    column_factor: Array | None = None
+    factors: tuple[Array, Array] | None = None
+    raw_factors: tuple[Array, Array] | None = None
     diagonal: Array | None = None
 
-    def preconditioner(self, k: int) -> Array:
-        """Returns the plane that multiplies a gradient: ``R_k C_k``, or ``srs(v_diag + 1e-9)``."""
+    def preconditioner(self, k: int, raw: bool = False) -> Array:
+        """Returns the plane that multiplies a gradient (raw) or momentum: ``R_k C_k``, or for an unfactored
+        tensor ``srs(v_diag + 1e-9)``."""
         if self.diagonal is not None:
             return rsqrt_floored(self.diagonal[k] + 1e-9)
-        assert self.row_factor is not None and self.column_factor is not None
-        return self.row_factor[k] * self.column_factor[k]
+        factors = self.raw_factors if raw else self.factors
+        assert factors is not None
+        return factors[0][k] * factors[1][k]
 
 
 class Factored(Bank):
     """Row and column means of ``q = g^2 + 1e-30``, averaged: ``v_row`` over d0, ``v_col`` over d1.
 
-    A tensor below rank 2 keeps the whole average instead. State: ``{"row", "column"}`` or
-    ``{"diagonal"}``; the reading is a :class:`FactoredReading` (OPTIMIZERS 1.5, A1 and A2).
+    A vector keeps the whole average instead. State: ``{"row", "column"}`` or ``{"diagonal"}``; the reading is
+    a :class:`FactoredReading` (OPTIMIZERS 1.5, A1 and A2).
+
+    Args:
+      decays, learned: as in :class:`Bank`.
+      bias_correction: of rows, columns and their factors, but not of the gradient's preconditioner nor of the
+        unfactored average, as published.
 
     Example:
       >>> Factored(decays=(0.9,)).size
       1
     """
 
-    def __init__(self, *, decays: tuple[float, ...] = (0.9, 0.99, 0.999)) -> None:
-        super().__init__(decays=decays)
+    def __init__(
+        self,
+        *,
+        decays: tuple[float, ...] = (0.9, 0.99, 0.999),
+        learned: bool = False,
+        bias_correction: bool = False,
+    ) -> None:
+        super().__init__(decays=decays, learned=learned, bias_correction=bias_correction)
 
     def _shape(self, spec: TensorSpec, reduced: int) -> tuple[int, ...]:
         return (self.size, *(1 if a == reduced else s for a, s in enumerate(spec.shape)))
@@ -70,18 +84,22 @@ class Factored(Bank):
         return {"row": jnp.mean(square, d0, keepdims=True), "column": jnp.mean(square, d1, keepdims=True)}
 
     def update(
-        self, state: dict[str, Array], measured: dict[str, Array], spec: TensorSpec
+        self,
+        state: dict[str, Array],
+        measured: dict[str, Array],
+        spec: TensorSpec,
+        decay: Array | None = None,
     ) -> dict[str, Array]:
-        return {name: self.mix(state[name], value) for name, value in measured.items()}
+        return {name: self.mix(state[name], value, decay) for name, value in measured.items()}
 
-    def read(self, state: dict[str, Array], spec: TensorSpec) -> FactoredReading:
+    def read(self, state: dict[str, Array], spec: TensorSpec, count: Array) -> FactoredReading:
         if spec.factored is None:
             return FactoredReading(diagonal=state["diagonal"])
-        row, column = state["row"], state["column"]
-        mean = jnp.mean(row, spec.factored[0] + 1, keepdims=True)
-        return FactoredReading(
-            row=row,
-            column=column,
-            row_factor=rsqrt_floored(row / (mean + 1e-9)),
-            column_factor=rsqrt_floored(column),
-        )
+        d1 = spec.factored[0] + 1
+
+        def factors(row: Array, column: Array) -> tuple[Array, Array]:
+            mean = jnp.mean(row, d1, keepdims=True)
+            return rsqrt_floored(row / (mean + 1e-9)), rsqrt_floored(column)
+
+        row, column = (self.corrected(state[name], count) for name in ("row", "column"))
+        return FactoredReading(row, column, factors(row, column), factors(state["row"], state["column"]))

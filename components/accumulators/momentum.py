@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class Momentum(Bank):
-    """``m_k <- d_k m_k + (1 - d_k) g``, no bias correction. State and reading: ``[k, *S]`` (OPTIMIZERS 1.5).
+    """``m_k <- d_k m_k + (1 - d_k) g``. State and reading: ``[k, *S]`` (OPTIMIZERS 1.5).
 
     Example:
       >>> Momentum(decays=(0.9, 0.99)).size
@@ -20,15 +20,22 @@ class Momentum(Bank):
     """
 
     elementwise = True
+    limited = False
 
-    def __init__(self, *, decays: tuple[float, ...] = (0.9, 0.99, 0.999)) -> None:
-        super().__init__(decays=decays)
+    def __init__(
+        self,
+        *,
+        decays: tuple[float, ...] = (0.9, 0.99, 0.999),
+        learned: bool = False,
+        bias_correction: bool = False,
+    ) -> None:
+        super().__init__(decays=decays, learned=learned, bias_correction=bias_correction)
 
     def init(self, spec: TensorSpec) -> Array:
         return jnp.zeros((self.size, *spec.shape), jnp.float32)
 
-    def update(self, state: Array, measured: Array, spec: TensorSpec) -> Array:
-        return self.mix(state, measured)
+    def update(self, state: Array, measured: Array, spec: TensorSpec, decay: Array | None = None) -> Array:
+        return self.mix(state, measured, decay)
 
-    def read(self, state: Array, spec: TensorSpec) -> Array:
-        return state
+    def read(self, state: Array, spec: TensorSpec, count: Array) -> Array:
+        return self.corrected(state, count)

@@ -21,14 +21,20 @@ class SecondMoment(Bank):
 
     elementwise = True
 
-    def __init__(self, *, decays: tuple[float, ...] = (0.95,)) -> None:
-        super().__init__(decays=decays)
+    def __init__(
+        self,
+        *,
+        decays: tuple[float, ...] = (0.95,),
+        learned: bool = False,
+        bias_correction: bool = False,
+    ) -> None:
+        super().__init__(decays=decays, learned=learned, bias_correction=bias_correction)
 
     def init(self, spec: TensorSpec) -> Array:
         return jnp.zeros((self.size, *spec.shape), jnp.float32)
 
-    def update(self, state: Array, measured: Array, spec: TensorSpec) -> Array:
-        return self.mix(state, measured * measured)
+    def update(self, state: Array, measured: Array, spec: TensorSpec, decay: Array | None = None) -> Array:
+        return self.mix(state, measured * measured, decay)
 
-    def read(self, state: Array, spec: TensorSpec) -> Array:
-        return state
+    def read(self, state: Array, spec: TensorSpec, count: Array) -> Array:
+        return self.corrected(state, count)

@@ -15,6 +15,7 @@ from celo_nnx.components.features.factored import (
 from celo_nnx.components.features.plain import (
     ClippedGradient,
     Gradient,
+    LogParameter,
     MomentumBank,
     Parameter,
     SecondMomentBank,
@@ -25,6 +26,7 @@ FEATURES = {
     "gradient": Gradient,
     "clipped_gradient": ClippedGradient,
     "parameter": Parameter,
+    "log_parameter": LogParameter,
     "momentum": MomentumBank,
     "second_moment": SecondMomentBank,
     "momentum_rms": MomentumRms,

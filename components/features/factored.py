@@ -24,7 +24,7 @@ class FactoredGradient(Feature):
     def planes(self, view: TensorView) -> list[Array]:
         reading = view.stats["factored"]
         bank = reading.row if reading.diagonal is None else reading.diagonal
-        return [view.grad * reading.preconditioner(k) for k in range(bank.shape[0])]
+        return [view.grad * reading.preconditioner(k, raw=True) for k in range(bank.shape[0])]
 
 
 class Factor(Feature):

@@ -49,6 +49,24 @@ class Parameter(Feature):
         return [view.param]
 
 
+class LogParameter(Feature):
+    """``log(|p| + eps)``: one plane (RNN-MLP).
+
+    Args:
+      eps: above 0.
+    """
+
+    def __init__(self, *, eps: float = 1e-8) -> None:
+        require(eps > 0, "eps", eps, "a number above 0")
+        self.eps = float(eps)
+
+    def width(self, banks: dict[str, int]) -> int:
+        return 1
+
+    def planes(self, view: TensorView) -> list[Array]:
+        return [jnp.log(jnp.abs(view.param) + self.eps)]
+
+
 class MomentumBank(Feature):
     """The momenta ``m_k``: one plane for each decay."""
 

@@ -18,7 +18,7 @@ class Constant(Schedule):
       value: 0 or more.
 
     Example:
-      >>> float(Constant(value=0.5)(0, 10))
+      >>> float(Constant(value=0.5).base(0, 10))
       0.5
     """
 
@@ -26,5 +26,5 @@ class Constant(Schedule):
         require(value >= 0, "value", value, "a number of at least 0")
         self.value = float(value)
 
-    def __call__(self, count: Array, num_steps: Array) -> Array:
+    def base(self, count: Array, num_steps: Array) -> Array:
         return jnp.float32(self.value)

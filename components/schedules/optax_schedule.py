@@ -35,7 +35,7 @@ class OptaxSchedule(Schedule):
     Example:
       >>> part = OptaxSchedule(name="linear_schedule", arguments={
       ...     "init_value": 1.0, "end_value": 0.0, "transition_steps": 10})
-      >>> float(part(5, 10))
+      >>> float(part.base(5, 10))
       0.5
     """
 
@@ -53,5 +53,5 @@ class OptaxSchedule(Schedule):
         self.arguments = nnx.static(tuple(sorted(arguments.items())))
         self.function = nnx.static(function)
 
-    def __call__(self, count: Array, num_steps: Array) -> Array:
+    def base(self, count: Array, num_steps: Array) -> Array:
         return jnp.asarray(self.function(count), jnp.float32)

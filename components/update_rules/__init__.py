@@ -5,12 +5,14 @@ step; a route rule is a whole hand-made optimizer for the tensors that a route s
 """
 
 from celo_nnx.components.update_rules.adam import Celo2Adam
+from celo_nnx.components.update_rules.adam_rule import AdamRule
 from celo_nnx.components.update_rules.optax_rule import OptaxRule
 from celo_nnx.components.update_rules.split_mlp import SplitMLP
 from celo_nnx.components.update_rules.steps import DirectionStep
 
 UPDATE_RULES = {
     "split_mlp": SplitMLP,
+    "adam": AdamRule,
 }
 
 STEPS = {

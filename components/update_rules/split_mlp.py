@@ -1,85 +1,164 @@
-"""The per-parameter MLP of Celo and Celo2."""
+"""The per-parameter MLP of Celo, Celo2, VeLO, RNN-MLP and adafac MLP."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from celo_nnx.errors import require, unknown
-from celo_nnx.interfaces import MetaParam, UpdateRule
+from celo_nnx.interfaces import Controls, MetaParam, UpdateRule
 from celo_nnx.planes import weighted_sum
 
 Array = jax.Array
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
-
-
-def _truncated(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
-    """TN(1/sqrt(fan_in)) of OPTIMIZERS section 1.3: cut at two standard deviations, not rescaled."""
-    return jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32) / jnp.sqrt(jnp.float32(fan_in))
+UNROLLED = 16  # widest layer that is unrolled over planes; compilation grows with the number of weights
 
 
 class SplitMLP(UpdateRule):
     """``h0 = act(sum_j N(x_j) W0_j + b0); h1 = act(h0 W1 + b1); o = h1 W2 + b2`` (OPTIMIZERS 1.8, M1 to M3).
 
     The first layer is split by feature group (``w0[group]: [width, H]``): a tensor without a group uses
-    the other pieces and the same bias. Layers are unrolled over planes as scalar-times-plane sums; the
-    normalization is folded into the first layer's weights.
+    the other pieces and the same bias. Context groups are numbers that a whole tensor shares: their part of
+    the first layer joins the bias. Narrow layers are unrolled over planes as scalar-times-plane sums, with
+    the normalization folded into the first layer's weights; wide ones are matrix products on stacked planes.
 
     Args:
       widths: planes of each feature group, in order.
+      context: numbers of each context group, in order.
       key: draws the published random start.
       hidden: width of each hidden layer, each at least 1.
       outputs: at least 2: direction, log-magnitude, and unused ones.
       activation: ``"relu"`` or ``"tanh"``.
+      bank: 0 for one MLP; else ``K`` of them, theta with a leading axis, whose weights are
+        ``bank_scale / K sum_k mix_k theta_k`` for each tensor (Celo, VeLO; C6 and V6).
+      bank_scale: ``ff_mult`` of VeLO, not 0.
+      feedback: the last so many outputs are averaged over the tensor and given to the schedule (R7).
+
+    Raises:
+      UserError: a value out of range.
     """
 
     def __init__(
         self,
         *,
         widths: dict[str, int],
+        context: dict[str, int],
         key: Array,
         hidden: tuple[int, ...] = (8, 8),
         outputs: int = 3,
         activation: str = "relu",
+        bank: int = 0,
+        bank_scale: float = 1.0,
+        feedback: int = 0,
     ) -> None:
         hidden = tuple(int(h) for h in hidden)
         require(len(hidden) >= 1 and min(hidden) >= 1, "hidden", hidden, "a tuple of integers of at least 1")
-        require(outputs >= 2, "outputs", outputs, "an integer of at least 2")
+        require(type(feedback) is int and feedback >= 0, "feedback", feedback, "an integer of at least 0")
+        require(outputs >= 2 + feedback, "outputs", outputs, f"an integer of at least {2 + feedback}")
+        require(type(bank) is int and bank >= 0, "bank", bank, "an integer of at least 0")
+        require(bank_scale != 0, "bank_scale", bank_scale, "a number other than 0")
         if activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
-        total = sum(widths.values())
-        require(total >= 1, "features", tuple(widths), "at least one feature group")
-        self.activation, self.hidden, self.widths = activation, hidden, tuple(widths.items())
-        keys = jax.random.split(key, len(widths) + len(hidden))
-        self.w0 = nnx.Dict(
-            {
-                g: MetaParam(_truncated(k, (w, hidden[0]), total))
-                for (g, w), k in zip(widths.items(), keys, strict=False)
-            }
-        )
-        self.b0 = MetaParam(jnp.zeros((hidden[0],), jnp.float32))
+        rows = widths | context
+        total = sum(rows.values())
+        require(sum(widths.values()) >= 1, "features", tuple(widths), "at least one feature group")
+        self.activation, self.hidden, self.outputs = activation, hidden, int(outputs)
+        self.bank, self.bank_scale, self.feedback = bank, float(bank_scale), feedback
+        self.widths, self.context = tuple(widths.items()), tuple(context.items())
+        lead = (bank,) if bank else ()
+
+        def drawn(key: Array, shape: tuple[int, ...], fan_in: int) -> MetaParam:
+            cut = jax.random.truncated_normal(key, -2.0, 2.0, lead + shape, jnp.float32)
+            return MetaParam(cut / jnp.sqrt(jnp.float32(fan_in)))
+
+        keys = jax.random.split(key, len(rows) + len(hidden))
+        pieces = zip(rows.items(), keys, strict=False)
+        self.w0 = nnx.Dict({g: drawn(k, (w, hidden[0]), total) for (g, w), k in pieces})
+        self.b0 = MetaParam(jnp.zeros((*lead, hidden[0]), jnp.float32))
         sizes = (*hidden, int(outputs))
         for layer, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), start=1):
-            setattr(self, f"w{layer}", MetaParam(_truncated(keys[len(widths) + layer - 1], (n, m), n)))
-            setattr(self, f"b{layer}", MetaParam(jnp.zeros((m,), jnp.float32)))
+            setattr(self, f"w{layer}", drawn(keys[len(rows) + layer - 1], (n, m), n))
+            setattr(self, f"b{layer}", MetaParam(jnp.zeros((*lead, m), jnp.float32)))
 
-    def first_layer(self, groups: tuple[str, ...]) -> Array:
-        """Returns the first layer's weights for these groups, ``[planes, H]``."""
-        return jnp.concatenate([self.w0[g][...] for g in groups])
+    @property
+    def wide(self) -> bool:
+        """Whether layers are matrix products."""
+        return max(self.hidden) > UNROLLED
 
-    def __call__(self, planes: list[Array], weights: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    def prepare(
+        self,
+        groups: tuple[str, ...],
+        scale: Array,
+        context: dict[str, Array],
+        controls: Controls,
+        count: Array,
+    ) -> dict[str, Array]:
+        mixed = self._mixed(controls)
+        first = jnp.concatenate([mixed(self.w0[g]) for g in groups])
+        out = {"b0": mixed(self.b0)}
+        for name, _ in self.context:
+            out["b0"] = out["b0"] + jnp.matmul(context[name], mixed(self.w0[name]), precision="highest")
+        if self.wide:
+            out |= {"scale": scale[:, None], "w0": first}
+        else:
+            out["w0"] = first.reshape(*first.shape, *(1,) * (scale.ndim - 1)) * scale[:, None]
+        for layer in range(1, len(self.hidden) + 1):
+            for name in (f"w{layer}", f"b{layer}"):
+                out[name] = mixed(getattr(self, name))
+        return out
+
+    def _mixed(self, controls: Controls) -> Any:
+        """Returns the function from a leaf of theta to this tensor's weights."""
+        if not self.bank:
+            return lambda leaf: leaf[...]
+        mix = jnp.full((self.bank,), 1.0 / self.bank) if controls.mix is None else controls.mix
+        mix = mix * (self.bank_scale / self.bank)
+        return lambda leaf: jnp.tensordot(mix, leaf[...], 1, precision="highest")
+
+    def __call__(
+        self, groups: dict[str, list[Array]], prepared: dict[str, Array], shape: tuple[int, ...]
+    ) -> tuple[Array, Array, list[Array]]:
+        planes = sum(groups.values(), [])
+        made = self._products(planes, prepared, shape) if self.wide else self._sums(planes, prepared, shape)
+        return made[0], made[1], made[2:]
+
+    def _used(self, layer: int) -> list[int]:
+        """Returns the outputs of a layer that are read."""
+        if layer < len(self.hidden):
+            return list(range(self.hidden[layer]))
+        return [0, 1, *range(self.outputs - self.feedback, self.outputs)]
+
+    def _sums(self, planes: list[Array], prepared: dict[str, Array], shape: tuple[int, ...]) -> list[Array]:
         act = ACTIVATIONS[self.activation]
-        values = [act(x) for x in weighted_sum(planes, weights, self.b0[...], shape)]
+        values = [act(x) for x in weighted_sum(planes, prepared["w0"], prepared["b0"], shape)]
         depth = len(self.hidden)
         for layer in range(1, depth + 1):
-            w, b = getattr(self, f"w{layer}")[...], getattr(self, f"b{layer}")[...]
-            columns = range(2) if layer == depth else range(w.shape[1])
-            values = [sum(x * w[k, h] for k, x in enumerate(values)) + b[h] for h in columns]
+            w, b = prepared[f"w{layer}"], prepared[f"b{layer}"]
+            values = [sum(x * w[k, h] for k, x in enumerate(values)) + b[h] for h in self._used(layer)]
             if layer < depth:
                 values = [act(x) for x in values]
-        return values[0], values[1]
+        return values
+
+    def _products(
+        self, planes: list[Array], prepared: dict[str, Array], shape: tuple[int, ...]
+    ) -> list[Array]:
+        act = ACTIVATIONS[self.activation]
+        scale = prepared["scale"][:, 0]
+        x = jnp.stack([jnp.broadcast_to(p * s, shape) for p, s in zip(planes, scale, strict=True)])
+        x = x.reshape(len(planes), -1)
+        depth = len(self.hidden)
+        for layer in range(depth + 1):
+            w, b = prepared[f"w{layer}"], prepared[f"b{layer}"]
+            if layer == depth:
+                used = jnp.asarray(self._used(layer))
+                w, b = w[:, used], b[used]
+            x = jnp.matmul(w.T, x, precision="highest") + b[:, None]
+            x = act(x) if layer < depth else x
+        return [y.reshape(shape) for y in x]
 
     def hand_made(self, *, feature: str = "momentum", channel: int = 0) -> dict[str, Array]:
         """Theta of the rule "step along one normalized feature", exact for every input.
@@ -106,9 +185,12 @@ class SplitMLP(UpdateRule):
             raise unknown("feature group of the hand-made theta", feature, widths)
         require(0 <= channel < widths[feature], "channel", channel, f"0 to {widths[feature] - 1}")
         theta = jax.tree.map(jnp.zeros_like, nnx.to_pure_dict(nnx.state(self, MetaParam)))
-        theta["w0"][feature] = theta["w0"][feature].at[channel, :2].set(jnp.array([1.0, -1.0]))
+        # Every layer of a bank is multiplied by bank_scale / K where the mix sums to 1.
+        one = self.bank / self.bank_scale if self.bank else 1.0
+        ends = jnp.array([one, -one], jnp.float32)
+        theta["w0"][feature] = theta["w0"][feature].at[..., channel, :2].set(ends)
         depth = len(self.hidden)
         for layer in range(1, depth):
-            theta[f"w{layer}"] = theta[f"w{layer}"].at[(0, 1), (0, 1)].set(1.0)
-        theta[f"w{depth}"] = theta[f"w{depth}"].at[:2, 0].set(jnp.array([1.0, -1.0]))
+            theta[f"w{layer}"] = theta[f"w{layer}"].at[..., (0, 1), (0, 1)].set(one)
+        theta[f"w{depth}"] = theta[f"w{depth}"].at[..., :2, 0].set(ends)
         return theta
