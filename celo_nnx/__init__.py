@@ -14,7 +14,6 @@ _EXPORTS = {
     "LearnedOptimizer": "optimizer",
     "MetaParam": "interfaces",
     "UserError": "errors",
-    "build": "build",
     "celo2": "drop_in",
     "celo2_base": "drop_in",
     "describe": "build",

@@ -73,7 +73,7 @@ def update_group(
 def rows_of_group(
     spec: TensorSpec, pairs: Pairs, state: PyTree, row: Callable[[Array, Array, PyTree, Array], Array]
 ) -> Array:
-    """Evaluates ``row(grad, param, state, index)`` for the tensors of one shape; returns ``[tensors, width]``."""
+    """Returns ``row(grad, param, state, index)`` of the tensors of one shape, ``[tensors, width]``."""
     if len(pairs) == 1:
         return row(*(spec.enter(x).astype(jnp.float32) for x in pairs[0]), state, jnp.int32(0))[None]
 

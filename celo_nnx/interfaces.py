@@ -10,7 +10,7 @@ dict of those::
                + 14 feature groups + second-moment normalization over the matrix axes + MLP 8-8
                + identity + second-moment output normalization + constant schedule + one route
     Celo2      = Celo2-base with newton_schulz for identity, and a route that sends some tensors to Adam
-    Celo       = Celo2-base with parameter-scaled steps, and an LSTM schedule of rows (time, loss) for constant
+    Celo       = Celo2-base with parameter-scaled steps, and an LSTM schedule fed with time and loss
     VeLO       = Celo with rows of every tensor's moments, and a bank of MLPs that the LSTM mixes
     RNN-MLP    = momenta + second moments + MLP 32-32 with context from an LSTM, to which it gives back
     Muon       = Celo2 with theta_init "hand_made": the MLP passes RMS-normalized momentum through
@@ -223,11 +223,11 @@ class Orthogonalization(Part):
 class Schedule(Part):
     """Gives the learning rate of an update, and whatever else is decided per tensor.
 
-    A schedule that only knows the update's number overrides :meth:`base`. A learned one keeps a state; it sees
-    rows of tensor features, built with their total ``width``, and what the loss tracker says.
+    A schedule that only knows the update's number overrides :meth:`base`. A learned one keeps a state and is
+    built with the ``width`` of its rows of tensor features.
 
     ``accumulators`` says which readings the rows are made from: ``"old"``, before this update's gradient, or
-    ``"new"``. ``shared`` says that all tensors always have the same row, so that there is one row in all.
+    ``"new"``. Where no feature of the rows looks at its tensor, there is one row for all of them.
     """
 
     needs_num_steps: bool = False
@@ -247,7 +247,7 @@ class Schedule(Part):
         return {}
 
     def shown(self, state: PyTree) -> dict[str, Array]:
-        """Returns what tensor features may see of the state, by name: ``[rows, k]`` or, shared, ``[1, k]``."""
+        """Returns what tensor features may see of the state, by name: ``[rows, k]`` or ``[1, k]``."""
         return {}
 
     def early(self, state: PyTree) -> Controls:
@@ -301,7 +301,7 @@ class Clip(Part):
         raise NotImplementedError
 
     def update(self, state: PyTree, mean_square: Array) -> PyTree:
-        """Returns the state after clipped gradients of this mean square (mean over tensors of their means)."""
+        """Returns the state after clipped gradients of this mean square (the mean of the tensors' means)."""
         return state
 
 

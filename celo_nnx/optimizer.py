@@ -225,8 +225,9 @@ class LearnedOptimizer(nnx.Module):
 
         Returns:
           ``{"version", "count", "num_steps": int32 scalars, "clip", "tracker", "schedule": those parts'
-          states, "learned": {shape: {accumulator: state}}, "routes": {route: its rule's state}}``. Tensors of one shape share an entry, stacked on a leading
-          axis in flatten order, so that their update compiles once. ``version`` changes when this tree does:
+          states, "learned": {shape: {accumulator: state}}, "routes": {route: its rule's state}}``. Tensors of
+          one shape share an entry, stacked on a leading axis in flatten order, so that their update compiles
+          once. ``version`` changes when this tree does:
           a restored state of another version is refused.
 
         Raises:

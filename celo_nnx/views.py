@@ -110,7 +110,7 @@ class RunView:
 
 @struct.dataclass
 class Controls:
-    """What a schedule decides for the learned tensors of one update; leading axis ``n`` tensors, or 1 for all.
+    """What a schedule decides for one update; the leading axis is ``n`` learned tensors, or 1 for all.
 
     Attributes:
       rate: factor of the learning rate, ``[n]``; None for 1.

@@ -16,7 +16,7 @@ class One(RateScale):
 
 
 class WidthMultipliers(RateScale):
-    """Divides the learning rate of matrices that grow with the width on both sides (OPTIMIZERS section 13, MuLO).
+    """Divides the learning rate of matrices whose two sides grow with the width (OPTIMIZERS section 13).
 
     Args:
       multipliers: rows (pattern, width multiplier): for tensors of rank 2 or more whose path the regular

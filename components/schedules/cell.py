@@ -33,7 +33,7 @@ class Dense(nnx.Module):
 
 
 class Recurrent(Schedule):
-    """A schedule around the LSTM cell of OPTIMIZERS 1.9; gates in the order i, g, f, o; learned initial state.
+    """A schedule around an LSTM cell with gates i, g, f, o and a learned initial state (OPTIMIZERS 1.9).
 
     Args:
       inputs: width of what goes into the cell.

@@ -37,8 +37,8 @@ class LstmSchedule(Recurrent):
       mixing: whether rows are mixed before the LSTM.
       controls: size of the bank, 0 for none.
       softmax: of the controls.
-      rate: ``"exp"``, ``"raw"`` (may be negative) or ``"none"``: 1, and the rest runs without effect on it, as
-        in Celo's first phase.
+      rate: ``"exp"``, ``"raw"`` (may be negative) or ``"none"``: 1 whatever the LSTM says, as in Celo's
+        first phase.
       rate_factor: of ``"exp"``, above 0.
       state_decay: share of the LSTM's state that is forgotten at each update, in [0, 1).
 

@@ -1,6 +1,6 @@
 """Numbers about one tensor and the run: the schedule's rows, the update rule's context. One line adds one.
 
-A section ``optimizer.rows`` or ``optimizer.context`` names each feature freely and says its ``kind``; features
+A section ``optimizer.rows`` or ``optimizer.context`` names each feature freely and says its ``kind``; they
 are put in the order of their names.
 """
 

@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class AdamRule(UpdateRule):
-    """``a = m / (eps + sqrt(v + floor))`` of the last planes of the groups ``momentum`` and ``second_moment``.
+    """``a = m / (eps + sqrt(v + floor))``: the last planes of the groups ``momentum``, ``second_moment``.
 
     Bias correction is the accumulators' (OPTIMIZERS CA1, CA2); a schedule may set ``eps`` (H4). Nothing is
     learned, and features are not normalized.

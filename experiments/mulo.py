@@ -1,0 +1,18 @@
+"""muLO: adafac MLP 32-32 with the learning rate of hidden matrices divided by their width multiplier."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from celo_nnx.config import experiment
+from celo_nnx.experiments import adafac_mlp
+
+
+def rule() -> dict[str, Any]:
+    """Returns the section ``optimizer`` (OPTIMIZERS section 13); give each model's width multipliers."""
+    return adafac_mlp.rule(hidden=(32, 32)) | dict(rate_scale=dict(kind="width", multipliers=()))
+
+
+def get_config(tasks: str = "fast_local") -> ConfigDict:
+    """Returns the config on a task preset."""
+    return experiment(rule(), tasks)
