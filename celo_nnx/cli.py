@@ -75,6 +75,14 @@ def _bench_step(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_orthogonalization(args: argparse.Namespace) -> int:
+    from celo_nnx.bench_orthogonalization import orthogonalization
+
+    for row in orthogonalization():
+        print(json.dumps(row), flush=True)
+    return 0
+
+
 def _quickstart(args: argparse.Namespace) -> int:
     from celo_nnx.quickstart import run
 
@@ -193,10 +201,12 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser(
         "bench",
-        help="measure meta-iterations and optimizer steps; one JSON line each",
+        help="measure meta-iterations, optimizer steps, orthogonalizations; one JSON line each",
         epilog="celo-nnx bench meta --help and celo-nnx bench step --help show examples",
     )
-    kinds = bench.add_subparsers(dest="kind", metavar="meta|step", required=True, parser_class=_Parser)
+    kinds = bench.add_subparsers(
+        dest="kind", metavar="meta|step|orthogonalization", required=True, parser_class=_Parser
+    )
     sub = command(
         "meta",
         _bench_meta,
@@ -219,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--optimizer", nargs="+", action="extend", default=[], metavar="NAME", help="variants")
     sub.add_argument(
         "--params", type=int, default=10_000_000, metavar="N", help="parameters (default 10 million)"
+    )
+    command(
+        "orthogonalization",
+        _bench_orthogonalization,
+        "error and time of every orthogonalization on a few shapes, a minute in all",
+        "bench orthogonalization",
+        into=kinds,
     )
 
     text = "the whole job on digits in a few minutes, with an HTML report"

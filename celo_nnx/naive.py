@@ -330,7 +330,7 @@ def from_config(config: ConfigDict) -> NaiveCelo2:
     Only what the presets differ in is read: decays, orthogonalization, routing, rates.
 
     Raises:
-      UserError: a routing that the twin does not have.
+      UserError: a routing or an orthogonalization that the twin does not have.
     """
     routing, adam = config.routing, config.routes.get("adam", {})
     names = ("multiplier", "b1", "b2", "eps")
@@ -346,6 +346,9 @@ def from_config(config: ConfigDict) -> NaiveCelo2:
     routes = {"single": everything_learned, "regex": by_pattern, "celo2": by_rank}
     if routing.kind not in routes:
         raise unknown("routing of the plain twin", routing.kind, routes)
+    if config.orthogonalization.kind not in ("newton_schulz", "identity"):
+        kind = config.orthogonalization.kind
+        raise unknown("orthogonalization of the plain twin", kind, ("newton_schulz", "identity"))
     return NaiveCelo2(
         None,
         orthogonalize=config.orthogonalization.kind != "identity",

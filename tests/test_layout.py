@@ -35,6 +35,7 @@ ALLOWED = {
     "theta_io": LEAVES | {"meta"},
     "build": LEAVES | {"components", "optimizer", "precision", "tensors", "theta_io"},
     "pretrained": LEAVES | {"build", "config", "meta", "theta_io"},
+    "bench_orthogonalization": LEAVES | {"components"},
     "naive": LEAVES | {"naive_meta"},
     "naive_meta": LEAVES | {"naive"},
 }

@@ -108,7 +108,7 @@ def test_second_moment_normalization_gives_unit_mean_square() -> None:
         np.testing.assert_allclose(jnp.mean(y * y, over), 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", SCALES[:2])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ORTHOGONALIZATIONS)
 def test_orthogonalization_keeps_shape(name: str, shape: tuple[int, ...], scale: float) -> None:

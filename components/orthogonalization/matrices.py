@@ -1,0 +1,45 @@
+"""What the orthogonalizations share: bringing a tensor's matrix to the last two axes and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from celo_nnx.interfaces import TensorSpec
+
+Array = jax.Array
+
+SHRINK = 2.0**-80  # a power of two: scaling by it rounds nothing
+
+
+def on_wide_matrix(function: Callable[[Array], Array], step: Array, spec: TensorSpec) -> Array:
+    """Returns ``function`` of a step's matrices, ``[..., n, m]`` with ``n <= m``, put back in place.
+
+    ``function`` must commute with transposition. A tensor without a matrix is returned as it is.
+
+    Example:
+      >>> spec = TensorSpec("w", (3, 5, 2), (0, 2), (0, 1))
+      >>> on_wide_matrix(lambda x: x * x.shape[-2], jnp.ones((3, 5, 2)), spec)[0, 0].tolist()
+      [2.0, 2.0]
+    """
+    if spec.matrix is None:
+        return step
+    x = jnp.moveaxis(step, spec.matrix, (-2, -1))
+    tall = x.shape[-2] > x.shape[-1]
+    y = function(jnp.swapaxes(x, -1, -2) if tall else x)
+    return jnp.moveaxis(jnp.swapaxes(y, -1, -2) if tall else y, (-2, -1), spec.matrix)
+
+
+def frobenius_norm(x: Array) -> Array:
+    """Returns the norms ``[..., 1, 1]`` of matrices ``[..., n, m]``, also where their squares overflow.
+
+    Example:
+      >>> print(f"{frobenius_norm(jnp.array([[3e30, 4e30]]))[0, 0]:.3g}")
+      5e+30
+    """
+    square = jnp.sum(x * x, (-2, -1), keepdims=True)
+    small = x * SHRINK
+    norm = jnp.sqrt(jnp.sum(small * small, (-2, -1), keepdims=True)) / SHRINK
+    return jnp.where(jnp.isinf(square), norm, jnp.sqrt(square))
