@@ -27,6 +27,7 @@ ALLOWED = {
     "evaluation": LEAVES | {"tasks", "optimizer"},
     "theta_io": LEAVES | {"optimizer", "meta"},
     "build": LEAVES | {"components", "optimizer", "theta_io"},
+    "pretrained": LEAVES | {"build", "config", "theta_io"},
     "naive": LEAVES | {"naive_meta"},
     "naive_meta": LEAVES | {"naive"},
 }
