@@ -162,7 +162,11 @@ def _optimizer_trajectory(recording: Recording, twin: bool) -> Errors:
 
 
 def _inner_unroll(recording: Recording, twin: bool) -> Errors:
-    """Trains the recorded MLP at every scale; compares losses and final parameters."""
+    """Trains the recorded MLP at every scale; compares losses and final parameters.
+
+    The optimizer is told the recorded losses: Celo's loss features turn the last bit of a loss into the
+    fourth digit of a feature, which would compare roundings of the task's loss.
+    """
     steps = recording.meta["n_updates"]
     images = recording.array("images")
     require(
@@ -191,7 +195,7 @@ def _inner_unroll(recording: Recording, twin: bool) -> Errors:
         losses = recording.array(f"losses_scale{scale}", (steps,))
         s = np.float32(scale)
         params = {k.replace("|", "/"): x / s for k, x in start.items()}
-        got_losses, got = run(theta, params, s, images, labels)
+        got_losses, got = run(theta, params, s, images, labels, losses)
         errors.append(_error(got_losses, losses, recording.tolerance("losses_abs", 5e-5)))
         for key, x in start.items():
             final = recording.array(f"final_scale{scale}/{key}", x.shape)
@@ -215,21 +219,23 @@ def _widths(recording: Recording, start: dict[str, np.ndarray], features: int) -
 
 @functools.lru_cache(maxsize=8)
 def _inner(spec: Spec, twin: bool, widths: tuple[int, ...]) -> Callable[..., tuple[Array, PyTree]]:
-    """Returns the compiled ``(theta, params, scale, images, labels) -> (losses, final params)``."""
+    """Returns the compiled ``(theta, params, scale, images, labels, told) -> (losses, final params)``."""
     optimizer = _optimizer(spec, twin)
     loss_of = _plain_loss(widths) if twin else _task_loss(widths)
 
-    def run(theta: PyTree, params: PyTree, scale: Array, images: Array, labels: Array) -> Any:
+    def run(
+        theta: PyTree, params: PyTree, scale: Array, images: Array, labels: Array, told: Array
+    ) -> tuple[Array, PyTree]:
         rule = optimizer.with_theta(theta)
 
-        def step(carry: tuple[PyTree, PyTree], batch: tuple[Array, Array]) -> tuple[Any, Array]:
+        def step(carry: tuple[PyTree, PyTree], batch: tuple[Array, ...]) -> tuple[Any, Array]:
             params, state = carry
-            loss, grads = jax.value_and_grad(loss_of)(params, scale, *batch)
-            updates, state = rule.update(grads, state, params, value=loss)
+            loss, grads = jax.value_and_grad(loss_of)(params, scale, *batch[:2])
+            updates, state = rule.update(grads, state, params, value=batch[2])
             return (jax.tree.map(jnp.add, params, updates), state), loss
 
         start = (params, rule.init(params, spec.num_steps))
-        (params, _), losses = jax.lax.scan(step, start, (images, labels))
+        (params, _), losses = jax.lax.scan(step, start, (images, labels, told))
         return losses, params
 
     return jax.jit(run)

@@ -28,7 +28,9 @@ ALLOWED = {
     "theta_io": LEAVES | {"optimizer", "meta"},
     "build": LEAVES | {"components", "optimizer", "theta_io"},
     "pretrained": LEAVES | {"build", "config", "theta_io"},
-    "naive": LEAVES | {"naive_meta"},
+    "naive": LEAVES | {"naive_meta", "naive_zoo"},
+    "naive_zoo": LEAVES,
+    "recordings": LEAVES | {"naive", "naive_zoo", "pretrained", "build", "config"},
     "naive_meta": LEAVES | {"naive"},
 }
 
