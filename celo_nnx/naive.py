@@ -2,7 +2,8 @@
 
 It shares no code with ``celo_nnx.components`` and ``celo_nnx.optimizer``: tests compare the two, and
 ``bench --peer naive`` measures against it. Features of a tensor are stacked to ``[*S, 30]`` and go through
-the MLP by matrix products. :mod:`celo_nnx.naive_meta` is the meta-training loop in the same manner.
+the MLP by matrix products. :mod:`celo_nnx.naive_zoo` has the other published optimizers and what they share
+with this one; :mod:`celo_nnx.naive_meta` is the meta-training loop in the same manner.
 
 Sources: OPTIMIZERS sections 1, 4 and 5; the equation numbers are theirs.
 """
@@ -14,47 +15,22 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from celo_nnx.errors import unknown
 from celo_nnx.interfaces import Array, Family, PyTree
+from celo_nnx.naive_zoo import tensors
+from celo_nnx.naive_zoo.tensors import GROUPS, Axes, largest_axes, named_leaves, over, rs
 
 if TYPE_CHECKING:
     from celo_nnx.naive_meta import NaiveTrainer
-
-GROUPS = (
-    "gradient",
-    "clipped_gradient",
-    "parameter",
-    "momentum",
-    "second_moment",
-    "momentum_rms",
-    "rsqrt_second_moment",
-    "factored_gradient",
-    "gradient_rms",
-    "row",
-    "column",
-    "rsqrt_row",
-    "rsqrt_column",
-    "factored_momentum",
-)
-"""The feature groups in slot order (OPTIMIZERS section 1.6)."""
 
 
 def everything_learned(path: str, shape: tuple[int, ...]) -> str:
     """The route of Celo2-base: no tensor goes to Adam."""
     return "learned"
-
-
-def largest_axes(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Returns axes (d1, d0), the second largest and the largest, by a stable sort (OPTIMIZERS 1.4)."""
-    if len(shape) < 2:
-        return None
-    order = sorted(range(len(shape)), key=lambda axis: shape[axis])
-    return order[-2], order[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,52 +76,9 @@ def newton_schulz(x: Array, coeffs: tuple[float, float, float], steps: int, eps:
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
-def _rs(x: Array) -> Array:
-    return 1.0 / jnp.sqrt(x)
-
-
-def _srs(x: Array) -> Array:
-    return 1.0 / jnp.sqrt(jnp.maximum(x, 1e-9))
-
-
-def _over(vector: Any, like: Array) -> Array:
-    """Gives a bank's vector ``[k]`` the rank of ``like``, whose last axis is the bank's."""
-    return jnp.reshape(jnp.asarray(vector, jnp.float32), (1,) * (like.ndim - 1) + (-1,))
-
-
 def _matrix_axes(rank: int) -> tuple[int, ...]:
     """The last two tensor axes of an array with a trailing bank axis, or the only one."""
     return (0,) if rank == 1 else (rank - 2, rank - 1)
-
-
-def factored_statistics(v: dict[str, Array], axes: tuple[int, int]) -> tuple[Array, Array]:
-    """Returns R and C of equation A1, each with size 1 where it is constant: ``[*S, k]`` broadcastable."""
-    d1, d0 = axes
-    row = jnp.expand_dims(v["row"], d0)
-    column = jnp.expand_dims(v["column"], d1)
-    mean = jnp.mean(row, axis=d1, keepdims=True)
-    return _srs(row / (mean + 1e-9)), _srs(column)
-
-
-def accumulate_factored(
-    v: dict[str, Array], g: Array, decays: tuple[float, ...], axes: tuple[int, int] | None
-) -> dict[str, Array]:
-    """Updates the factored second moment (OPTIMIZERS 1.5); ``g: [*S]``, bank axis last in the state."""
-    q = g * g + 1e-30
-
-    def mix(old: Array, new: Array) -> Array:
-        d = jnp.clip(_over(decays, old), 0.0, 1.0)
-        return d * old + (1.0 - d) * new[..., None]
-
-    if axes is None:
-        return {"diagonal": mix(v["diagonal"], q)}
-    return {"row": mix(v["row"], q.mean(axis=axes[1])), "column": mix(v["column"], q.mean(axis=axes[0]))}
-
-
-def _leaves(tree: PyTree) -> tuple[list[tuple[str, Array]], Any]:
-    """Returns the leaves with their paths, keys joined by ``/``."""
-    leaves, treedef = jax.tree.flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves], treedef
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,7 +110,7 @@ class NaiveCelo2:
     rms: tuple[float, ...] = (0.95,)
     factored: tuple[float, ...] = (0.9, 0.99, 0.999)
     route: Callable[[str, tuple[int, ...]], str] = everything_learned
-    factored_axes: Callable[[str, tuple[int, ...]], tuple[int, int] | None] = largest_axes
+    factored_axes: Callable[[str, tuple[int, ...]], Axes] = largest_axes
     switches: Switches = Switches()
 
     def with_theta(self, theta: PyTree) -> NaiveCelo2:
@@ -186,13 +119,13 @@ class NaiveCelo2:
 
     def init(self, params: PyTree, num_steps: Array | int) -> PyTree:
         """Returns zeros and a counter; ``num_steps`` plays no part."""
-        leaves, _ = _leaves(params)
+        leaves, _ = named_leaves(params)
         return {"count": jnp.zeros((), jnp.int32), "tensors": [self._zeros(*leaf) for leaf in leaves]}
 
     def update(self, grads: PyTree, state: PyTree, params: PyTree, *, value: Array) -> tuple[PyTree, PyTree]:
         """Returns (updates to add, next state), equations E1 to E8 and F1 to F4; the loss plays no part."""
-        leaves, treedef = _leaves(params)
-        updates, tensors = [], []
+        leaves, treedef = named_leaves(params)
+        updates, states = [], []
         for (path, p), g, old in zip(leaves, treedef.flatten_up_to(grads), state["tensors"], strict=True):
             if self.route(path, p.shape) == "adam":
                 step, new = self._adam(g, old, state["count"])
@@ -201,24 +134,17 @@ class NaiveCelo2:
                 step, new = self._celo2(path, p, g, old, state["count"])
                 rate = np.float32(self.learning_rate)
             updates.append(-(rate * step) - np.float32(self.weight_decay) * p * rate)
-            tensors.append(new)
-        return treedef.unflatten(updates), {"count": state["count"] + 1, "tensors": tensors}
+            states.append(new)
+        return treedef.unflatten(updates), {"count": state["count"] + 1, "tensors": states}
+
+    @property
+    def _decays(self) -> tensors.Decays:
+        return {"momentum": self.momentum, "rms": self.rms, "factored": self.factored}
 
     def _zeros(self, path: str, p: Array) -> dict[str, Any]:
         if self.route(path, p.shape) == "adam":
             return {"m": jnp.zeros(p.shape, jnp.float32), "v": jnp.zeros(p.shape, jnp.float32)}
-        shape, axes = p.shape or (1,), self.factored_axes(path, p.shape)
-        bank = (len(self.factored),)
-        if axes is None:
-            v = {"diagonal": jnp.zeros(shape + bank, jnp.float32)}
-        else:
-            without = [tuple(s for i, s in enumerate(shape) if i != d) for d in axes]
-            v = {"row": jnp.zeros(without[1] + bank), "column": jnp.zeros(without[0] + bank)}
-        return {
-            "m": jnp.zeros(shape + (len(self.momentum),), jnp.float32),
-            "rms": jnp.zeros(shape + (len(self.rms),), jnp.float32),
-            "factored": v,
-        }
+        return tensors.zero_accumulators(p.shape, self._decays, self.factored_axes(path, p.shape))
 
     def _adam(self, g: Array, old: dict[str, Array], count: Array) -> tuple[Array, dict[str, Array]]:
         b1, b2 = np.float32(self.b1), np.float32(self.b2)
@@ -228,16 +154,24 @@ class NaiveCelo2:
         if self.switches.adam_bias_correction:
             s = (count + 1).astype(jnp.float32)
             m, v = m / (1 - b1**s), v / (1 - b2**s)
-        return m * _rs(v + self.eps), new
+        return m * rs(v + self.eps), new
 
     def _celo2(self, path: str, p: Array, g: Array, old: dict, count: Array) -> tuple[Array, dict[str, Any]]:
         options, shape = self.switches, p.shape
         axes = self.factored_axes(path, shape)
-        p, g = (p.reshape(1), g.reshape(1)) if shape == () else (p, g)
-        g = jnp.clip(g, -1000.0, 1000.0)
-        new, fac_g = self._accumulate(g, old, axes)
+        p, g = tensors.at_least_1d(p), jnp.clip(tensors.at_least_1d(g), -1000.0, 1000.0)
+        new, fac_g = tensors.accumulate(old, g, self._decays, axes)
         used = self._corrected(new, count) if options.bias_correction else new
-        y, u = self._mlp(self._features(p, g, used, fac_g, axes))
+        features = tensors.elementwise_features(p, g, used["m"], used["rms"], 1e-8)
+        features["factored_gradient"] = fac_g
+        if axes is not None:
+            features |= tensors.factored_features(used["m"], used["factored"], axes)
+        groups = tuple(name for name in options.groups if name in features)
+        x = jnp.concatenate([features[name] for name in groups], axis=-1)
+        if options.normalize_input:
+            x = tensors.normalized(x, 1e-9, _matrix_axes(x.ndim - 1))
+        o = tensors.mlp(self.theta["update_rule"], groups, x, options.activation)
+        y, u = o[..., 0], o[..., 1]
         if options.aggregate_mag:
             u = jnp.mean(u)
         y = y * jnp.exp(options.exp_mult * u)
@@ -246,28 +180,17 @@ class NaiveCelo2:
         if self.orthogonalize and p.ndim >= 2:
             y = newton_schulz(y, options.ns_coeffs, options.ns_iters, options.ns_eps)
         if options.normalize_output:
-            y = y * _rs(1e-9 + jnp.mean(y * y, axis=_matrix_axes(p.ndim), keepdims=True))
+            y = y * rs(1e-9 + jnp.mean(y * y, axis=_matrix_axes(p.ndim), keepdims=True))
         y = options.rmsmult * y
         if options.precondition_output:
-            y = y * _rs(used["rms"][..., -1] + 1e-6)
+            y = y * rs(used["rms"][..., -1] + 1e-6)
         return y.reshape(shape), new
-
-    def _accumulate(self, g: Array, old: dict, axes: tuple[int, int] | None) -> tuple[dict[str, Any], Array]:
-        """Returns the new accumulators and the preconditioned gradient of equations A1 and A2."""
-        v = accumulate_factored(old["factored"], g, self.factored, axes)
-        g = g[..., None]
-        d, c = _over(self.momentum, g), jnp.clip(_over(self.rms, g), 0.0, 1.0)
-        new = {"m": d * old["m"] + (1 - d) * g, "rms": c * old["rms"] + (1 - c) * g * g, "factored": v}
-        if axes is None:
-            return new, g * _srs(v["diagonal"] + 1e-9)
-        row, column = factored_statistics(v, axes)
-        return new, g * row * column
 
     def _corrected(self, new: dict[str, Any], count: Array) -> dict[str, Any]:
         s = (count + 1).astype(jnp.float32)
 
         def correct(x: Array, decays: tuple[float, ...]) -> Array:
-            return x / (1 - _over(decays, x) ** s)
+            return x / (1 - over(decays, x) ** s)
 
         factored = {
             k: x if k == "diagonal" else correct(x, self.factored) for k, x in new["factored"].items()
@@ -277,51 +200,6 @@ class NaiveCelo2:
             "rms": correct(new["rms"], self.rms),
             "factored": factored,
         }
-
-    def _features(self, p: Array, g: Array, acc: dict, fac_g: Array, axes: tuple[int, int] | None) -> dict:
-        """Returns the groups of slots 0 to 8, and 9 to 13 where the tensor is factored: ``[*S, width]``."""
-        m, rms, g1 = acc["m"], acc["rms"], g[..., None]
-        r = _rs(rms + 1e-8)
-        groups = {
-            "gradient": g1,
-            "clipped_gradient": jnp.clip(g1, -0.1, 0.1),
-            "parameter": p[..., None],
-            "momentum": m,
-            "second_moment": rms,
-            "momentum_rms": m * r,
-            "rsqrt_second_moment": r,
-            "factored_gradient": fac_g,
-            "gradient_rms": g1 * r,
-        }
-        if axes is not None:
-            v, whole = acc["factored"], g.shape + (len(self.factored),)
-            row = jnp.broadcast_to(jnp.expand_dims(v["row"], axes[1]), whole)
-            column = jnp.broadcast_to(jnp.expand_dims(v["column"], axes[0]), whole)
-            r_factor, c_factor = factored_statistics(v, axes)
-            groups |= {
-                "row": row,
-                "column": column,
-                "rsqrt_row": _rs(row + 1e-8),
-                "rsqrt_column": _rs(column + 1e-8),
-                "factored_momentum": m * r_factor * c_factor,
-            }
-        return {name: groups[name] for name in self.switches.groups if name in groups}
-
-    def _mlp(self, groups: dict[str, Array]) -> tuple[Array, Array]:
-        """Stacks, normalizes (OPTIMIZERS 1.7) and applies the MLP (M1 to M3); returns a and u: ``[*S]``."""
-        weights = self.theta["update_rule"]
-        x = jnp.concatenate(list(groups.values()), axis=-1)
-        if self.switches.normalize_input:
-            mean_square = jnp.mean(x * x, axis=_matrix_axes(x.ndim - 1), keepdims=True)
-            x = x * _rs(1e-9 + mean_square)
-        activation = {"relu": jax.nn.relu, "tanh": jnp.tanh}[self.switches.activation]
-        first = jnp.concatenate([weights["w0"][name] for name in groups], axis=0)
-        h = jnp.matmul(x, first, precision="highest")
-        h = h + _over(weights["b0"], h)
-        for layer in range(1, sum(name.startswith("w") for name in weights)):
-            h = jnp.matmul(activation(h), weights[f"w{layer}"], precision="highest")
-            h = h + _over(weights[f"b{layer}"], h)
-        return h[..., 0], h[..., 1]
 
 
 def from_config(config: ConfigDict) -> NaiveCelo2:

@@ -21,15 +21,12 @@ import numpy as np
 from celo_nnx import recordings
 from celo_nnx.errors import UserError, require
 from celo_nnx.interfaces import Array, Optimizer, PyTree
-from celo_nnx.naive import NaiveCelo2, Switches
-from celo_nnx.recordings import CLASSES, Recording, Spec
+from celo_nnx.recordings import Recording, Spec
+from celo_nnx.recordings.classes import CLASSES, lookup
+from celo_nnx.recordings.composed import COMPOSERS, composed_optimizer
+from celo_nnx.recordings.twins import twin_optimizer
 
 SUGGESTED = 2e-6  # absolute, on parameters of size 1: what two compilations of one program leave
-_BANKS = {
-    "momentum": "initial_momentum_decays",
-    "second_moment": "initial_rms_decays",
-    "factored": "initial_adafactor_decays",
-}
 Errors = list[tuple[float, float, float]]  # (absolute, relative, bound) of every compared array
 
 
@@ -38,7 +35,7 @@ def replay(path: str | Path, *, twin: bool = False) -> dict[str, Any]:
 
     Args:
       path: NAME.json, NAME.npz or NAME.
-      twin: replay with :class:`celo_nnx.naive.NaiveCelo2` and plain formulas.
+      twin: replay with the plain twins of :mod:`celo_nnx.naive_zoo` and plain formulas.
 
     Returns:
       ``file``, ``kind``, ``optimizer`` and ``steps`` (None where there are none), ``max_abs_error`` over all
@@ -57,10 +54,10 @@ def replay(path: str | Path, *, twin: bool = False) -> dict[str, Any]:
     if kind in ("optimizer_trajectory", "inner_unroll"):
         row["optimizer"] = recordings.optimizer_name(recording)
         row["steps"] = recording.field("n_updates", int)
-        known = recording.meta["reference_class"].rsplit(".", 1)[-1] in CLASSES
+        supported = {key: one for key, one in CLASSES.items() if twin or one.layout in COMPOSERS}
         require(1 <= row["steps"] <= 10**6, f"{path}: n_updates", row["steps"], "from 1 to 1000000")
-        if not known:
-            reason = f"unsupported optimizer; supported: {', '.join(name for name, _ in CLASSES.values())}"
+        if lookup(recording.meta["reference_class"]) not in supported:
+            reason = f"unsupported optimizer; supported: {', '.join(one.name for one in supported.values())}"
             return row | {"max_abs_error": None, "max_rel_error": None, "ok": False, "reason": reason}
     elif kind == "pes_estimate":
         row["steps"] = len(recording.array("pos_loss"))
@@ -118,92 +115,12 @@ def _error(got: Any, want: np.ndarray, bound: float) -> tuple[float, float, floa
     return worst, worst / size if size else (math.inf if worst else 0.0), bound
 
 
-# --- optimizers -------------------------------------------------------------------------------------------
-
-
-def twin_optimizer(spec: Spec) -> NaiveCelo2:
-    """Returns the plain twin of a recorded optimizer, without theta."""
-    adam = {}
-    if "adam_b1" in dict(spec.fields):
-        adam = dict(b1=spec["adam_b1"], b2=spec["adam_b2"], eps=spec["adam_epsilon"])
-        adam["adam_multiplier"] = spec["mult_1d"]
-    leaves = {path: (route, axes) for path, route, axes in spec.leaves}
-    same = ("exp_mult", "rmsmult", "param_scale_mult", "aggregate_mag", "bias_correction")
-    same += ("precondition_output", "normalize_input", "normalize_output", "ns_coeffs", "ns_iters", "ns_eps")
-    switches = Switches(
-        activation=spec["mlp_activation"],
-        groups=spec.groups,
-        adam_bias_correction=dict(spec.fields).get("adam_bias_correction", False),
-        **{name: spec[name] for name in same},
-    )
-    return NaiveCelo2(
-        None,
-        orthogonalize=spec["orthogonalize"],
-        learning_rate=spec["step_mult"],
-        weight_decay=spec["weight_decay"],
-        momentum=spec["initial_momentum_decays"],
-        rms=spec["initial_rms_decays"],
-        factored=spec["initial_adafactor_decays"],
-        route=lambda path, shape: leaves[path][0],
-        factored_axes=lambda path, shape: leaves[path][1],
-        switches=switches,
-        **adam,
-    )
-
-
-def composed_optimizer(spec: Spec) -> Optimizer:
-    """Returns the recorded optimizer composed of this project's parts, with a random theta.
-
-    Raises:
-      UserError: a recorded option that no part has.
-    """
-    # Here, since the twin needs neither: a recording can be replayed with it alone.
-    from celo_nnx.build import build
-    from celo_nnx.config import load
-
-    for name in ("bias_correction", "precondition_output"):
-        if spec[name]:
-            raise UserError(f"constructor field {name} = True has no part that does it; try --twin")
-    config = load("celo2_published").optimizer.to_dict()
-    for name, field in _BANKS.items():
-        config["accumulators"][name] |= {"decays": spec[field]}
-    config["features"] = dict(config["features"], groups=spec.groups)
-    hidden = (spec["ff_hidden_size"],) * spec["ff_hidden_layers"]
-    config["update_rule"] |= {"hidden": hidden, "activation": spec["mlp_activation"]}
-    config["step"] |= {
-        "exp_mult": spec["exp_mult"],
-        "parameter_scale": spec["param_scale_mult"],
-        "aggregate_magnitude": spec["aggregate_mag"],
-    }
-    newton_schulz = {"coefficients": spec["ns_coeffs"], "steps": spec["ns_iters"], "eps": spec["ns_eps"]}
-    identity = {"kind": "identity"}
-    config["orthogonalization"] = identity
-    if spec["orthogonalize"]:
-        config["orthogonalization"] = {"kind": "newton_schulz"} | newton_schulz
-    if not spec["normalize_input"]:
-        config["normalization"] = identity
-    if not spec["normalize_output"]:
-        config["output_normalization"] = identity
-    config["output_normalization"] = config["output_normalization"] | {"gain": spec["rmsmult"]}
-    config["schedule"] = {"kind": "constant", "value": spec["step_mult"]}
-    config["weight_decay"] = spec["weight_decay"]
-    config["routing"] = {"kind": "table", "table": tuple((path, route) for path, route, _ in spec.leaves)}
-    factored = tuple((path, *axes) for path, _, axes in spec.leaves if axes is not None)
-    config["tensors"] = {"axes": "last_two", "matrix": (), "factored": factored}
-    config["routes"] = {}
-    if "adam_b1" in dict(spec.fields):
-        adam = {"b1": spec["adam_b1"], "b2": spec["adam_b2"], "eps": spec["adam_epsilon"]}
-        adam |= {"multiplier": spec["mult_1d"], "bias_correction": spec["adam_bias_correction"]}
-        config["routes"]["adam"] = {"kind": "celo2_adam"} | adam
-    return build(config)
+# --- kinds ------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=32)
 def _optimizer(spec: Spec, twin: bool) -> Optimizer:
     return twin_optimizer(spec) if twin else composed_optimizer(spec)
-
-
-# --- kinds ------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=32)
@@ -245,7 +162,11 @@ def _optimizer_trajectory(recording: Recording, twin: bool) -> Errors:
 
 
 def _inner_unroll(recording: Recording, twin: bool) -> Errors:
-    """Trains the recorded MLP at every scale; compares losses and final parameters."""
+    """Trains the recorded MLP at every scale; compares losses and final parameters.
+
+    The optimizer is told the recorded losses: Celo's loss features turn the last bit of a loss into the
+    fourth digit of a feature, which would compare roundings of the task's loss.
+    """
     steps = recording.meta["n_updates"]
     images = recording.array("images")
     require(
@@ -274,7 +195,7 @@ def _inner_unroll(recording: Recording, twin: bool) -> Errors:
         losses = recording.array(f"losses_scale{scale}", (steps,))
         s = np.float32(scale)
         params = {k.replace("|", "/"): x / s for k, x in start.items()}
-        got_losses, got = run(theta, params, s, images, labels)
+        got_losses, got = run(theta, params, s, images, labels, losses)
         errors.append(_error(got_losses, losses, recording.tolerance("losses_abs", 5e-5)))
         for key, x in start.items():
             final = recording.array(f"final_scale{scale}/{key}", x.shape)
@@ -298,21 +219,23 @@ def _widths(recording: Recording, start: dict[str, np.ndarray], features: int) -
 
 @functools.lru_cache(maxsize=8)
 def _inner(spec: Spec, twin: bool, widths: tuple[int, ...]) -> Callable[..., tuple[Array, PyTree]]:
-    """Returns the compiled ``(theta, params, scale, images, labels) -> (losses, final params)``."""
+    """Returns the compiled ``(theta, params, scale, images, labels, told) -> (losses, final params)``."""
     optimizer = _optimizer(spec, twin)
     loss_of = _plain_loss(widths) if twin else _task_loss(widths)
 
-    def run(theta: PyTree, params: PyTree, scale: Array, images: Array, labels: Array) -> Any:
+    def run(
+        theta: PyTree, params: PyTree, scale: Array, images: Array, labels: Array, told: Array
+    ) -> tuple[Array, PyTree]:
         rule = optimizer.with_theta(theta)
 
-        def step(carry: tuple[PyTree, PyTree], batch: tuple[Array, Array]) -> tuple[Any, Array]:
+        def step(carry: tuple[PyTree, PyTree], batch: tuple[Array, ...]) -> tuple[Any, Array]:
             params, state = carry
-            loss, grads = jax.value_and_grad(loss_of)(params, scale, *batch)
-            updates, state = rule.update(grads, state, params, value=loss)
+            loss, grads = jax.value_and_grad(loss_of)(params, scale, *batch[:2])
+            updates, state = rule.update(grads, state, params, value=batch[2])
             return (jax.tree.map(jnp.add, params, updates), state), loss
 
         start = (params, rule.init(params, spec.num_steps))
-        (params, _), losses = jax.lax.scan(step, start, (images, labels))
+        (params, _), losses = jax.lax.scan(step, start, (images, labels, told))
         return losses, params
 
     return jax.jit(run)

@@ -36,7 +36,9 @@ ALLOWED = {
     "build": LEAVES | {"components", "optimizer", "precision", "tensors", "theta_io"},
     "pretrained": LEAVES | {"build", "config", "meta", "theta_io"},
     "bench_orthogonalization": LEAVES | {"components"},
-    "naive": LEAVES | {"naive_meta"},
+    "naive": LEAVES | {"naive_meta", "naive_zoo"},
+    "naive_zoo": LEAVES,
+    "recordings": LEAVES | {"naive", "naive_zoo", "pretrained", "build", "config"},
     "naive_meta": LEAVES | {"naive"},
 }
 

@@ -54,6 +54,23 @@ class Shown(TensorFeature):
         return self.gain * jnp.clip(view.shown[self.name], -self.limit, self.limit)
 
 
+class Constant(TensorFeature):
+    """A constant, such as the published flag of a validation step.
+
+    Args:
+      value: any number.
+    """
+
+    def __init__(self, *, value: float = 1.0) -> None:
+        self.value = float(value)
+
+    def width(self, sizes: dict[str, int]) -> int:
+        return 1
+
+    def values(self, view: RunView) -> Array:
+        return jnp.full((1,), self.value, jnp.float32)
+
+
 class LogTensors(TensorFeature):
     """``log(n) - 1`` of the number of learned tensors."""
 
