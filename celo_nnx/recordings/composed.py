@@ -93,8 +93,6 @@ def _scheduled(spec: Spec, config: Config) -> None:
         "mixing": spec["mix_layers"],
         "state_decay": spec["rnn_state_decay"],
     }
-    if "train_phase" in spec and spec["train_phase"] <= 1:
-        config["schedule"]["rate"] = "none"
     if "use_bugged_loss_features" in spec and spec["use_bugged_loss_features"]:
         config["tracker"]["horizon"] = 10
     if spec["with_validation_feature_dim"]:
@@ -106,6 +104,8 @@ def _scheduled(spec: Spec, config: Config) -> None:
 def _celo(spec: Spec, config: Config) -> None:
     _scheduled(spec, config)
     config["schedule"]["controls"] = spec["param_inits"]
+    if "train_phase" in spec and spec["train_phase"] <= 1:
+        config["schedule"]["rate"] = "none"
     config["features"] |= {"groups": spec.groups}
     hidden = (spec["ff_hidden_size"],) * spec["ff_hidden_layers"]
     config["update_rule"] |= {"hidden": hidden, "bank": spec["param_inits"]}

@@ -5,7 +5,7 @@ are put in the order of their names.
 """
 
 from celo_nnx.components.tensor_features.moments import NormalizedMoment
-from celo_nnx.components.tensor_features.run import LogTensors, Loss, Shown
+from celo_nnx.components.tensor_features.run import Constant, LogTensors, Loss, Shown
 from celo_nnx.components.tensor_features.shape import IsRank, LogShape, LogSize, Rank
 from celo_nnx.components.tensor_features.statistics import LogNorm, LogStatistic, SignOfMean
 from celo_nnx.components.tensor_features.time import TimeFraction, TimeSine, TimeTanh
@@ -16,6 +16,7 @@ TENSOR_FEATURES = {
     "time_sine": TimeSine,
     "loss": Loss,
     "shown": Shown,
+    "constant": Constant,
     "log_tensors": LogTensors,
     "rank": Rank,
     "is_rank": IsRank,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from celo_nnx.errors import require
 from celo_nnx.interfaces import Tracker
@@ -24,6 +25,7 @@ class LossBuffer(Tracker):
 
     Args:
       size: number of averages, at least 2.
+      horizon: the longest time constant; 0 for the length of the run.
 
     Example:
       >>> part = LossBuffer()
@@ -37,9 +39,10 @@ class LossBuffer(Tracker):
     needs_num_steps = True
     needs_value = True
 
-    def __init__(self, *, size: int = 10) -> None:
+    def __init__(self, *, size: int = 10, horizon: int = 0) -> None:
         require(type(size) is int and size >= 2, "size", size, "an integer of at least 2")
-        self.size, self.width = size, size - 1
+        require(type(horizon) is int and horizon >= 0, "horizon", horizon, "an integer of at least 0")
+        self.size, self.width, self.horizon = size, size - 1, horizon
 
     def init(self, num_steps: Array | int) -> dict[str, Array]:
         decays = self._decays(num_steps)
@@ -53,16 +56,13 @@ class LossBuffer(Tracker):
         }
 
     def _decays(self, num_steps: Array | int) -> Array:
-        """Returns the decays, computed in double precision where the length is a plain number."""
-        exponent = np.arange(self.size) / (self.size - 1)
-        if isinstance(num_steps, jax.core.Tracer):
-            steps = jnp.maximum(num_steps, 1).astype(jnp.float32)
-            scales = 10.0 ** (1 + (jnp.log10(steps) - 1) * exponent.astype(np.float32))
-            decays = jnp.exp(-1.0 / scales)
-        else:
-            steps = np.maximum(np.asarray(num_steps, np.float64), 1)
-            decays = np.exp(-1.0 / 10.0 ** (1 + (np.log10(steps) - 1) * exponent))
-        return jnp.asarray(decays, jnp.float32)
+        """Returns the decays by the published float32 operations: their last bit shows in the features.
+
+        The barrier keeps a known number of steps from being folded, which rounds otherwise.
+        """
+        length = lax.optimization_barrier(jnp.asarray(self.horizon or num_steps, jnp.float32))
+        longest = jnp.log(jnp.maximum(length, 1.0)) / np.log(np.float32(10.0))
+        return jnp.exp(-1.0 / 10.0 ** jnp.linspace(1.0, longest, self.size))
 
     def update(self, state: dict[str, Array], value: Array) -> dict[str, Array]:
         means, decays = state["means"], state["decays"]
