@@ -70,8 +70,9 @@ def _bench_step(args: argparse.Namespace) -> int:
     from celo_nnx import bench
 
     named = {"names": args.optimizer} if args.optimizer else {}
-    for row in bench.step(**named, params=args.params):
-        print(json.dumps(row), flush=True)
+    for params in args.params:
+        for row in bench.step(**named, params=params, peers=args.peer or bench.PEERS):
+            print(json.dumps(row), flush=True)
     return 0
 
 
@@ -223,13 +224,20 @@ def _parser() -> argparse.ArgumentParser:
         "step",
         _bench_step,
         "time an optimizer step, beside optax.adamw and optax.contrib.muon",
-        "bench step --optimizer celo2_base --params 10000000",
+        "bench step --optimizer celo2_base --params 1000000 10000000 --peer optax.adamw",
         into=kinds,
     )
     sub.add_argument("--optimizer", nargs="+", action="extend", default=[], metavar="NAME", help="variants")
     sub.add_argument(
-        "--params", type=int, default=10_000_000, metavar="N", help="parameters (default 10 million)"
+        "--params",
+        type=int,
+        nargs="+",
+        default=[10_000_000],
+        metavar="N",
+        help="parameters, of one or several models (default 10 million)",
     )
+    text = "optax's optimizers beside them (default both; optax.adamw always)"
+    sub.add_argument("--peer", nargs="+", action="extend", default=[], metavar="NAME", help=text)
     command(
         "orthogonalization",
         _bench_orthogonalization,
