@@ -82,6 +82,21 @@ def _quickstart(args: argparse.Namespace) -> int:
     return 0
 
 
+def _import(args: argparse.Namespace) -> int:
+    from celo_nnx.pretrained.convert import import_weights
+
+    row = import_weights(args.source, args.out, variant=args.variant, overrides=args.overrides)
+    print(json.dumps(row))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from celo_nnx.pretrained.convert import export_weights
+
+    print(json.dumps(export_weights(args.theta, args.out, format=args.format, variant=args.variant)))
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells a mistake in one line."""
 
@@ -148,6 +163,33 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("files", nargs="+", metavar="FILE", help="a recorded .npz or .json")
     sub.add_argument("--tolerance", type=float, metavar="X", help="besides each file's own")
     sub.add_argument("--twin", action="store_true", help="replay with the plain second implementation")
+
+    sub = command(
+        "import",
+        _import,
+        "published weights to a theta file: theta.state, safetensors or PyLO's, from a file or the Hub",
+        "import celo.theta.state --out celo.safetensors",
+        "import amoudgl/celo2 --variant celo2 --out celo2.safetensors",
+        "import wide.state --variant celo2 optimizer.update_rule.hidden=(16,16) --out wide.safetensors",
+    )
+    text = "a file, a folder that holds one, or a Hub id (ORGANIZATION/NAME)"
+    sub.add_argument("source", metavar="PATH|HUB_ID", help=text)
+    sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the variant's preset")
+    sub.add_argument("--variant", metavar="NAME", help="whose weights they are (default: as the leaves say)")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the theta file, a new .safetensors")
+
+    sub = command(
+        "export",
+        _export,
+        "a theta file or run folder to a published format",
+        "export runs/a --format celo --out theta.state",
+        "export celo2.safetensors --format pylo --out celo2_pylo.safetensors",
+    )
+    sub.add_argument("theta", metavar="THETA", help="a theta file or a run folder")
+    text = "celo: theta.state; pylo: PyLO's state dict; safetensors: published names joined by /"
+    sub.add_argument("--format", required=True, metavar="celo|pylo|safetensors", help=text)
+    sub.add_argument("--variant", metavar="NAME", help="whose theta it is (default: as the leaves say)")
+    sub.add_argument("--out", required=True, metavar="FILE", help="a new file")
 
     bench = commands.add_parser(
         "bench",

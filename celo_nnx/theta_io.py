@@ -67,7 +67,7 @@ def load_theta(path: str | os.PathLike[str], like: Any = None) -> dict[str, Any]
         )
     arrays = _read(path)
     if like is not None:
-        _agree(path, arrays, flatten(like))
+        agree(path, arrays, flatten(like))
     theta: dict[str, Any] = {}
     for name, array in arrays.items():
         *folders, last = name.split("/")
@@ -111,7 +111,12 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _agree(path: Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> None:
+def agree(path: str | Path, arrays: Mapping[str, np.ndarray], like: Mapping[str, Any]) -> None:
+    """Compares names, shapes and dtypes of flat theta with an optimizer's.
+
+    Raises:
+      UserError: they differ; one line that names ``path`` and the leaf.
+    """
     if missing := sorted(like.keys() - arrays.keys()):
         raise UserError(f"{path} lacks {missing[0]!r} ({len(missing)} missing): theta of another optimizer")
     if extra := sorted(arrays.keys() - like.keys()):

@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluation": LEAVES | {"tasks", "optimizer"},
     "theta_io": LEAVES | {"optimizer", "meta"},
     "build": LEAVES | {"components", "optimizer", "theta_io"},
-    "pretrained": LEAVES | {"build", "config", "theta_io"},
+    "pretrained": LEAVES | {"build", "config", "meta", "theta_io"},
     "naive": LEAVES | {"naive_meta", "naive_zoo"},
     "naive_zoo": LEAVES,
     "recordings": LEAVES | {"naive", "naive_zoo", "pretrained", "build", "config"},

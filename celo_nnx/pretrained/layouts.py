@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, require, unknown
 
 Path = tuple[str, ...]
 Dims = tuple[str, ...]
@@ -149,7 +149,7 @@ LAYOUTS: dict[str, Callable[[Sequence[str], int], list[Leaf]]] = {
     "nn_adam": _nn_adam,
 }
 # The LSTM's inputs tell celo from velo; one more with the validation flag.
-_INPUTS = {"celo": (18, 19), "celo_adam": (18, 19), "velo": (30, 31)}
+INPUTS = {"celo": (18, 19), "celo_adam": (18, 19), "velo": (30, 31)}
 
 
 def leaves(layout: str, *, groups: Sequence[str] = tuple(GROUPS), layers: int = 2) -> list[Leaf]:
@@ -171,14 +171,21 @@ def leaves(layout: str, *, groups: Sequence[str] = tuple(GROUPS), layers: int = 
     """
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
+    require(layers >= 1, "layers", layers, "an integer of at least 1")
     for group in groups:
         if group not in GROUPS:
             raise unknown("feature group of published weights", group, GROUPS)
     return LAYOUTS[layout](tuple(groups), layers)
 
 
-def _depth(names: Iterable[str]) -> int:
-    """Hidden layers, from the highest number of a later layer's weights."""
+def kept(names: Iterable[str]) -> list[str]:
+    """Returns the feature groups that have a leaf of this project's theta, in slot order; else all."""
+    names = set(names)
+    return [group for group in GROUPS if f"update_rule/w0/{group}" in names] or list(GROUPS)
+
+
+def depth(names: Iterable[str]) -> int:
+    """Returns the number of hidden layers: the highest number of a later layer's weights, here or there."""
     found = [re.fullmatch(r"(?:.*/)?(?:w([1-9]\d?)|linear_([1-9])/w)", name) for name in names]
     return max((int(m[1] or m[2]) for m in found if m and "rnn_params" not in m[0]), default=2)
 
@@ -212,7 +219,7 @@ def to_own(
       (3, 8)
     """
     joined = {k if isinstance(k, str) else "/".join(k): np.asarray(v) for k, v in published.items()}
-    known = leaves(layout, groups=groups, layers=_depth(joined) if layers is None else layers)
+    known = leaves(layout, groups=groups, layers=depth(joined) if layers is None else layers)
     exact = {leaf.path for leaf in known}
     for key in published:
         if not isinstance(key, str) and key not in exact:
@@ -235,15 +242,13 @@ def to_published(
     layout: str,
     own: Mapping[str, Any],
     *,
-    groups: Sequence[str] = tuple(GROUPS),
     layers: int | None = None,
 ) -> dict[Path, np.ndarray]:
     """Returns the published theta of this project's; the exact inverse of :func:`to_own`.
 
     Args:
       layout: a name of :data:`LAYOUTS`.
-      own: nested dict of float32 arrays.
-      groups: as in :func:`leaves`.
+      own: nested dict of float32 arrays; which feature groups are kept is read from it.
       layers: hidden layers; by default as many as the leaves have.
 
     Returns:
@@ -253,7 +258,7 @@ def to_published(
       UserError: a leaf is missing, unknown, or of another shape or dtype; one line that names it.
     """
     flat = flatten(own)
-    known = leaves(layout, groups=groups, layers=_depth(flat) if layers is None else layers)
+    known = leaves(layout, groups=kept(flat), layers=depth(flat) if layers is None else layers)
     check(layout, flat, {name: dims for leaf in known for name, dims in leaf.pieces})
     return {leaf.path: _joined([flat[name] for name, _ in leaf.pieces]) for leaf in known}
 
@@ -355,7 +360,7 @@ def check(layout: str, found: Mapping[str, np.ndarray], wanted: Mapping[str, Dim
         )
     if extra := sorted(found.keys() - wanted.keys()):
         raise _extra(layout, extra[0], known=len(wanted), found=len(found))
-    sizes, legal = _solve(found, wanted), _INPUTS.get(layout)
+    sizes, legal = _solve(found, wanted), INPUTS.get(layout)
     for name, dims in wanted.items():
         array = found[name]
         if array.dtype != np.float32:

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_trees import Tree, same
 
 from celo_nnx.errors import UserError
 from celo_nnx.pretrained import layouts, messagepack
-
-Tree = dict[tuple[str, ...], np.ndarray]
 
 
 def nested(tree: Tree) -> dict:
@@ -25,12 +24,6 @@ def nested(tree: Tree) -> dict:
             node = node.setdefault(key, {})
         node[path[-1]] = array
     return out
-
-
-def same(a: Tree, b: Tree) -> bool:
-    return a.keys() == b.keys() and all(
-        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and a[k].tobytes() == b[k].tobytes() for k in a
-    )
 
 
 def example() -> Tree:
