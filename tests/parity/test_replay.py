@@ -54,8 +54,11 @@ def test_recorded_by_the_composed_optimizer(shared: Path, name: str):
         assert row["max_abs_error"] < 1e-6
 
 
-def test_other_optimizers_are_told_apart(shared: Path, capsys: pytest.CaptureFixture[str]):
-    files = [shared / "golden" / "celo_adam.json", shared / "golden" / "normalizer.json"]
+def test_other_optimizers_are_told_apart(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    meta = json.loads((shared / "golden" / "celo_adam.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(meta | {"reference_class": "some.Optimizer"}))
+    (tmp_path / "other.npz").write_bytes((shared / "golden" / "celo_adam.npz").read_bytes())
+    files = [tmp_path / "other.json", shared / "golden" / "normalizer.json"]
     assert main(files) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["ok"] for row in rows] == [False, True]

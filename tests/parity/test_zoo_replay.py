@@ -42,6 +42,19 @@ def test_recorded_by_the_twin(shared: Path, name: str):
     assert row["max_abs_error"] < 1e-6
 
 
+# One file of each class: compiling a composed optimizer takes seconds.
+QUICK = ("celo", "celo_adam", "velo_s_ptheta", "rnn_mlp_ptheta", "adafac_mlp_ptheta", "nnadam_ptheta")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.drill) for name in RECORDED]
+)
+def test_recorded_by_the_composed_optimizer(shared: Path, name: str):
+    row = replay(shared / "golden" / name)
+    assert row["ok"] and row["optimizer"] == RECORDED[name] and row["steps"] == 12, row
+    assert row["max_abs_error"] < 1e-6
+
+
 def test_recorded_inner_unroll_by_the_twin(shared: Path):
     row = replay(shared / "golden" / "inner_unroll_celo_released", twin=True)
     assert row["ok"] and row["optimizer"] == "celo", row
