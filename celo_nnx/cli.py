@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from celo_nnx.replay import main as replay
 
-    return replay(args.files, args.tolerance, twin=args.twin)
+    return replay(args.files, args.tolerance, twin=args.twin, overrides=args.set)
 
 
 def _bench_meta(args: argparse.Namespace) -> int:
@@ -167,11 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         _replay,
         "replay recorded trajectories; one JSON line a file, exit code 1 if one is not within tolerance",
         "replay golden/*.npz",
-        "replay golden/celo2_wd0.npz --tolerance 1e-6",
+        "replay golden/celo2_wd0.npz --tolerance 1e-6 --set tile=2",
     )
     sub.add_argument("files", nargs="+", metavar="FILE", help="a recorded .npz or .json")
     sub.add_argument("--tolerance", type=float, metavar="X", help="besides each file's own")
     sub.add_argument("--twin", action="store_true", help="replay with the plain second implementation")
+    text = "change the composed optimizer's config, such as tile=2; may be given several times"
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
     sub = command(
         "import",
