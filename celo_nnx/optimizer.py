@@ -34,7 +34,7 @@ from celo_nnx.interfaces import (
 )
 from celo_nnx.kernel import TensorKernel
 from celo_nnx.precision import Storage, mix
-from celo_nnx.tensors import Tensors, check_like, layout, tensor_paths
+from celo_nnx.tensors import Tensors, check_like, check_patterns, layout, tensor_paths
 from celo_nnx.transform import as_optax
 
 Array = jax.Array
@@ -162,7 +162,10 @@ class LearnedOptimizer(nnx.Module):
                     f"tensor {path!r} is routed to {route!r}, which is not a route; known: {known}"
                 )
             table[path] = route
-        self.settings.tensors.check_patterns(table)
+        matrix = [pattern for pattern, *_ in self.settings.tensors.matrix]
+        check_patterns("optimizer.tensors.matrix", matrix, table)
+        check_patterns("optimizer.routing", self.routing.patterns, table)
+        check_patterns("optimizer.rate_scale", self.rate_scale.patterns, table)
         return table
 
     def specs(self, params: PyTree) -> dict[str, TensorSpec]:

@@ -55,6 +55,21 @@ def check_like(tree: PyTree, like: PyTree, what: str) -> None:
             raise UserError(f"{what} {path!r} has shape {leaf.shape}, expected {want[path].shape}")
 
 
+def check_patterns(what: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    """Refuses a pattern that is found in none of the paths: it would silently do nothing.
+
+    Example:
+      >>> check_patterns("routing", ("/b$",), ["layer/b"])
+    """
+    paths = list(paths)
+    for pattern in patterns:
+        if paths and not any(re.search(pattern, path) for path in paths):
+            raise UserError(
+                f"{what}: the pattern {pattern!r} is found in no tensor's path; "
+                f"paths are like {', '.join(repr(p) for p in paths[:3])}"
+            )
+
+
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """Axes (d1, d0): second largest and largest, ties to the higher index (OPTIMIZERS section 1.4).
 
@@ -102,16 +117,6 @@ class Tensors:
             raise unknown("optimizer.tensors.axes", self.axes, READINGS)
         if self.factored and self.axes != "last_two":
             raise UserError("optimizer.tensors.factored needs optimizer.tensors.axes = 'last_two'")
-
-    def check_patterns(self, paths: Iterable[str]) -> None:
-        """Refuses a pattern that is found in none of the paths: it would silently do nothing."""
-        paths = list(paths)
-        for pattern, *_ in self.matrix:
-            if not any(re.search(pattern, path) for path in paths):
-                raise UserError(
-                    f"optimizer.tensors.matrix: the pattern {pattern!r} is found in no tensor's path; "
-                    f"paths are like {', '.join(repr(p) for p in paths[:3])}"
-                )
 
     def specs(self, shapes: Shapes) -> dict[str, TensorSpec]:
         """Returns the static description of every tensor, from the paths and shapes of a whole tree.

@@ -143,7 +143,7 @@ def test_route_rule(name: str) -> None:
         assert all(bool(jnp.isfinite(s).all()) for s in steps.values())
 
 
-TREE = {"embed": (6, 4), "dense": {"kernel": (7, 24), "bias": (24,)}, "conv": (2, 3, 4, 6), "scale": ()}
+TREE = {"embed": (6, 4), "dense": {"kernel": (7, 24), "b": (24,)}, "conv": (2, 3, 4, 6), "scale": ()}
 
 
 def random_tree(seed: int, scale: float = 1.0, dtype: jnp.dtype = jnp.float32) -> dict:
