@@ -38,7 +38,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["list", "part"], "unknown list 'part' (did you mean 'parts'?)"),
         (["replay", "x.npz", "--tolerance", "much"], "--tolerance: invalid float value: 'much'"),
         (["bench", "mata"], "mata"),
-        (["describe", "celo3"], "unknown config 'celo3' (did you mean 'celo2'?)"),
+        (["describe", "celo22"], "unknown config 'celo22' (did you mean 'celo2'?)"),
         (["describe", "nowhere.py"], "nowhere.py"),
         (["describe", "celo2", "optimizer.scheduel.value=1"], "schedule"),
         (["describe", "celo2", "seed=x"], "seed"),
