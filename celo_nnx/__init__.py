@@ -14,6 +14,7 @@ _EXPORTS = {
     "LearnedOptimizer": "optimizer",
     "MetaParam": "interfaces",
     "UserError": "errors",
+    "celo": "drop_in",
     "celo2": "drop_in",
     "celo2_base": "drop_in",
     "describe": "build",

@@ -25,7 +25,8 @@ PyTree = Any
 REPEATS = 15
 META_REPEATS = 7  # dispatches
 EXAMPLES = 50_000  # of each family, as CIFAR-10 has
-PEERS = ("optax.adamw", "optax.contrib.muon")
+BASE = "optax.adamw"  # what ratios are taken to
+PEERS = (BASE, "optax.contrib.muon")
 
 
 def transformer_shapes(params: int) -> PyTree:
@@ -69,26 +70,32 @@ def _count(width: int) -> int:
     return 12 * (12 * width**2 + 9 * width) + VOCABULARY * width // 64 * width + 258 * width
 
 
-def _optimizers(names: Sequence[str]) -> dict[str, Callable[[], optax.GradientTransformation]]:
+def _optimizers(
+    names: Sequence[str], peers: Sequence[str]
+) -> dict[str, Callable[[], optax.GradientTransformation]]:
     from celo_nnx.config import load_optimizer, presets
 
-    made: dict[str, Callable[[], Any]] = {
+    known: dict[str, Callable[[], Any]] = {
         "optax.adamw": lambda: optax.adamw(1e-3),
         "optax.contrib.muon": lambda: optax.contrib.muon(1e-3),
     }
+    for peer in peers:
+        if peer not in known:
+            raise unknown("peer", peer, known)
+    made = {name: known[name] for name in known if name in (BASE, *peers)}
     variants = [n for n, (_, whole) in presets().items() if whole]
     for name in names:
-        if name not in made and name not in variants:
-            raise unknown("optimizer", name, [*made, *variants])
+        if name not in known and name not in variants:
+            raise unknown("optimizer", name, [*known, *variants])
         if name in variants:
             made[name] = lambda name=name: load_optimizer(name).as_optax(num_steps=1000)
     return made
 
 
 def step(
-    names: Sequence[str] = ("celo2_base", "celo2"), params: int = 10_000_000
+    names: Sequence[str] = ("celo2_base", "celo2"), params: int = 10_000_000, peers: Sequence[str] = PEERS
 ) -> Iterator[dict[str, Any]]:
-    """Times one update of each optimizer, optax.adamw and optax.contrib.muon always among them.
+    """Times one update of each optimizer, optax.adamw always among them.
 
     Optimizers take turns, so that a machine that slows down slows all of them. The state is donated and
     parameters are updated in place, as in training.
@@ -96,19 +103,20 @@ def step(
     Args:
       names: variants of ``celo_nnx.experiments``.
       params: number of parameters, in 148 transformer-like tensors.
+      peers: which of optax's optimizers take part.
 
     Yields:
       A row for each: ``optimizer, params, ms_median, ms_min, ms_max, ns_per_param, ratio_to_adamw,
       temp_bytes_per_param`` (XLA's memory analysis), ``state_bytes_per_param, compile_s``.
     """
-    table = _optimizers(names)
+    table = _optimizers(names, peers)
     shapes = transformer_shapes(params)
     count = sum(x.size for x in jax.tree.leaves(shapes))
     cells = {name: _StepCell(make(), shapes) for name, make in table.items()}
     for _ in range(REPEATS):
         for cell in cells.values():
             cell.time()
-    base = statistics.median(cells["optax.adamw"].times)
+    base = statistics.median(cells[BASE].times)
     for name, cell in cells.items():
         median = statistics.median(cell.times)
         yield {

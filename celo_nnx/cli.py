@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from celo_nnx.replay import main as replay
 
-    return replay(args.files, args.tolerance, twin=args.twin)
+    return replay(args.files, args.tolerance, twin=args.twin, overrides=args.set)
 
 
 def _bench_meta(args: argparse.Namespace) -> int:
@@ -70,8 +70,9 @@ def _bench_step(args: argparse.Namespace) -> int:
     from celo_nnx import bench
 
     named = {"names": args.optimizer} if args.optimizer else {}
-    for row in bench.step(**named, params=args.params):
-        print(json.dumps(row), flush=True)
+    for params in args.params:
+        for row in bench.step(**named, params=params, peers=args.peer or bench.PEERS):
+            print(json.dumps(row), flush=True)
     return 0
 
 
@@ -166,11 +167,13 @@ def _parser() -> argparse.ArgumentParser:
         _replay,
         "replay recorded trajectories; one JSON line a file, exit code 1 if one is not within tolerance",
         "replay golden/*.npz",
-        "replay golden/celo2_wd0.npz --tolerance 1e-6",
+        "replay golden/celo2_wd0.npz --tolerance 1e-6 --set tile=2",
     )
     sub.add_argument("files", nargs="+", metavar="FILE", help="a recorded .npz or .json")
     sub.add_argument("--tolerance", type=float, metavar="X", help="besides each file's own")
     sub.add_argument("--twin", action="store_true", help="replay with the plain second implementation")
+    text = "change the composed optimizer's config, such as tile=2; may be given several times"
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
     sub = command(
         "import",
@@ -223,13 +226,20 @@ def _parser() -> argparse.ArgumentParser:
         "step",
         _bench_step,
         "time an optimizer step, beside optax.adamw and optax.contrib.muon",
-        "bench step --optimizer celo2_base --params 10000000",
+        "bench step --optimizer celo2_base --params 1000000 10000000 --peer optax.adamw",
         into=kinds,
     )
     sub.add_argument("--optimizer", nargs="+", action="extend", default=[], metavar="NAME", help="variants")
     sub.add_argument(
-        "--params", type=int, default=10_000_000, metavar="N", help="parameters (default 10 million)"
+        "--params",
+        type=int,
+        nargs="+",
+        default=[10_000_000],
+        metavar="N",
+        help="parameters, of one or several models (default 10 million)",
     )
+    text = "optax's optimizers beside them (default both; optax.adamw always)"
+    sub.add_argument("--peer", nargs="+", action="extend", default=[], metavar="NAME", help=text)
     command(
         "orthogonalization",
         _bench_orthogonalization,

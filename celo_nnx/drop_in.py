@@ -6,6 +6,8 @@
                           MLPs, convolutions. Costs what Muon costs.
 ``celo2_base``            The learned rule alone, one rule for every tensor. No matrix products: for models
                           that are mostly embeddings or very wide, where Newton-Schulz costs too much.
+``celo``                  A learned schedule too: nothing to tune, but it must know ``num_steps`` and see the
+                          loss (``value=``). For runs whose length is known, with meta-trained weights.
 ========================  ==================================================================================
 
 Learning rate: the RMS of a matrix's step, whatever the gradient's scale. Search around 1e-2 for networks
@@ -116,6 +118,44 @@ def celo2_base(
     Source: OPTIMIZERS section 4.
     """
     return _transformation("celo2_base", **locals())
+
+
+def celo(
+    learning_rate: float | Array | Schedule = 1e-3,
+    weight_decay: float | Array = 0.0,
+    *,
+    num_steps: int,
+    weights: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    state_dtype: str = "float32",
+    diagnostics: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Celo (TMLR 2025): a learned rule whose learning rate a learned LSTM decides from time and loss.
+
+    Args:
+      learning_rate: what the learned rate, about 0.1 to 1, and the parameter's RMS multiply. Leave it at the
+        published 1e-3.
+      weight_decay, mask, dimensions, state_dtype, diagnostics: as in :func:`celo2`.
+      num_steps: length of the run in updates.
+      weights: as in :func:`celo2`; published ones are read by ``celo-nnx import``. The hand-made ones step
+        along RMS-normalized momentum at a constant rate.
+
+    Returns:
+      An optax transformation; its update needs the loss: ``tx.update(grads, state, params, value=loss)``.
+
+    Raises:
+      UserError: as in :func:`celo2`; a missing ``value``.
+
+    Example:
+      >>> import jax.numpy as jnp, celo_nnx
+      >>> tx = celo_nnx.celo(num_steps=1000)
+      >>> params = {"w": jnp.ones((8, 4))}
+      >>> updates, state = tx.update(params, tx.init(params), params, value=jnp.float32(1.0))
+
+    Source: OPTIMIZERS section 2.
+    """
+    return _transformation("celo", **locals())
 
 
 def _transformation(

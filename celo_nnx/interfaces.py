@@ -306,7 +306,12 @@ class Clip(Part):
 
 
 class RateScale(Part):
-    """A constant factor of the learning rate for each learned tensor: muP's width multipliers, say."""
+    """A constant factor of the learning rate for each learned tensor: muP's width multipliers, say.
+
+    ``patterns`` are regular expressions of which each must be found in some tensor's path.
+    """
+
+    patterns: tuple[str, ...] = ()
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> float:
         """Returns the factor, above 0."""
@@ -314,7 +319,9 @@ class RateScale(Part):
 
 
 class Routing(Part):
-    """Decides once, at init, which tensor takes which rule."""
+    """Decides once, at init, which tensor takes which rule; ``patterns`` as in :class:`RateScale`."""
+
+    patterns: tuple[str, ...] = ()
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> str:
         """Returns the name of the route: ``"learned"`` or a key of the config's ``routes``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ from celo_nnx.interfaces import (
 )
 from celo_nnx.kernel import TensorKernel
 from celo_nnx.precision import Storage, mix
-from celo_nnx.tensors import Tensors, check_arrays, check_like, layout, spread, tensor_paths
+from celo_nnx.tensors import Tensors, check_arrays, check_like, check_patterns, layout, spread, tensor_paths
 from celo_nnx.transform import as_optax
 
 Array = jax.Array
@@ -160,7 +161,13 @@ class LearnedOptimizer(nnx.Module):
                     f"tensor {path!r} is routed to {route!r}, which is not a route; known: {known}"
                 )
             table[path] = route
-        self.settings.tensors.check_patterns({path: leaf.shape for path, leaf in tensor_paths(params)})
+        tensors, matrices = self.settings.tensors, [p for p, leaf in tensor_paths(params) if leaf.ndim > 1]
+        check_patterns("optimizer.tensors.matrix", [row[0] for row in tensors.matrix], matrices)
+        check_patterns(
+            "optimizer.tensors.factored", [f"^{re.escape(row[0])}$" for row in tensors.factored], table
+        )
+        check_patterns("optimizer.routing", self.routing.patterns, table)
+        check_patterns("optimizer.rate_scale", self.rate_scale.patterns, table)
         return table
 
     def specs(self, params: PyTree) -> dict[str, TensorSpec]:

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ from celo_nnx.errors import UserError, require
 from celo_nnx.interfaces import Array, Optimizer, PyTree
 from celo_nnx.recordings import Recording, Spec
 from celo_nnx.recordings.classes import CLASSES, lookup
-from celo_nnx.recordings.composed import COMPOSERS, composed_optimizer
+from celo_nnx.recordings.composed import composed_optimizer
 from celo_nnx.recordings.twins import twin_optimizer
 
 SUGGESTED = 2e-6  # absolute, on parameters of size 1: what two compilations of one program leave
+Overrides = tuple[str, ...] | None  # of the composed optimizer's config; None for the twin
 Errors = list[tuple[float, float, float]]  # (absolute, relative, bound) of every compared array
 
 
-def replay(path: str | Path, *, twin: bool = False) -> dict[str, Any]:
+def replay(path: str | Path, *, twin: bool = False, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Replays one recording.
 
     Args:
       path: NAME.json, NAME.npz or NAME.
       twin: replay with the plain twins of :mod:`celo_nnx.naive_zoo` and plain formulas.
+      overrides: ``KEY=VALUE`` of the composed optimizer's config, such as ``tile=2``.
 
     Returns:
       ``file``, ``kind``, ``optimizer`` and ``steps`` (None where there are none), ``max_abs_error`` over all
@@ -54,27 +56,33 @@ def replay(path: str | Path, *, twin: bool = False) -> dict[str, Any]:
     if kind in ("optimizer_trajectory", "inner_unroll"):
         row["optimizer"] = recordings.optimizer_name(recording)
         row["steps"] = recording.field("n_updates", int)
-        supported = {key: one for key, one in CLASSES.items() if twin or one.layout in COMPOSERS}
         require(1 <= row["steps"] <= 10**6, f"{path}: n_updates", row["steps"], "from 1 to 1000000")
-        if lookup(recording.meta["reference_class"]) not in supported:
-            reason = f"unsupported optimizer; supported: {', '.join(one.name for one in supported.values())}"
+        if lookup(recording.meta["reference_class"]) is None:
+            reason = f"unsupported optimizer; supported: {', '.join(one.name for one in CLASSES.values())}"
             return row | {"max_abs_error": None, "max_rel_error": None, "ok": False, "reason": reason}
     elif kind == "pes_estimate":
         row["steps"] = len(recording.array("pos_loss"))
-    errors = _KINDS[kind](recording, twin)
+    errors = _KINDS[kind](recording, None if twin else tuple(overrides))
     absolute, relative = (max(error[i] for error in errors) for i in (0, 1))
     row["max_abs_error"] = absolute if math.isfinite(absolute) else None
     row["max_rel_error"] = relative if math.isfinite(relative) else None
     return row | {"ok": all(error <= bound for error, _, bound in errors)}
 
 
-def main(files: Iterable[str | Path], tolerance: float | None = None, *, twin: bool = False) -> int:
+def main(
+    files: Iterable[str | Path],
+    tolerance: float | None = None,
+    *,
+    twin: bool = False,
+    overrides: Sequence[str] = (),
+) -> int:
     """Replays files and prints one JSON line each.
 
     Args:
       files: recordings; see :func:`replay`.
       tolerance: a bound on ``max_abs_error`` besides each file's own.
       twin: replay with the plain second implementation.
+      overrides: of the composed optimizer's config.
 
     Returns:
       0, or 1 if a file is not ok or over the tolerance.
@@ -87,7 +95,7 @@ def main(files: Iterable[str | Path], tolerance: float | None = None, *, twin: b
     bad, unreadable = 0, []
     for file in files:
         try:
-            row = replay(file, twin=twin)
+            row = replay(file, twin=twin, overrides=overrides)
         except UserError as error:
             unreadable.append(str(error))
             continue
@@ -119,14 +127,14 @@ def _error(got: Any, want: np.ndarray, bound: float) -> tuple[float, float, floa
 
 
 @functools.lru_cache(maxsize=32)
-def _optimizer(spec: Spec, twin: bool) -> Optimizer:
-    return twin_optimizer(spec) if twin else composed_optimizer(spec)
+def _optimizer(spec: Spec, overrides: Overrides) -> Optimizer:
+    return twin_optimizer(spec) if overrides is None else composed_optimizer(spec, overrides)
 
 
 @functools.lru_cache(maxsize=32)
-def _trajectory(spec: Spec, twin: bool) -> Callable[..., PyTree]:
+def _trajectory(spec: Spec, overrides: Overrides) -> Callable[..., PyTree]:
     """Returns the compiled ``(theta, params, grads, losses) -> params after each update``."""
-    optimizer = _optimizer(spec, twin)
+    optimizer = _optimizer(spec, overrides)
 
     def run(theta: PyTree, params: PyTree, grads: PyTree, losses: Array) -> PyTree:
         rule = optimizer.with_theta(theta)
@@ -142,7 +150,7 @@ def _trajectory(spec: Spec, twin: bool) -> Callable[..., PyTree]:
     return jax.jit(run)
 
 
-def _optimizer_trajectory(recording: Recording, twin: bool) -> Errors:
+def _optimizer_trajectory(recording: Recording, overrides: Overrides) -> Errors:
     """Feeds the recorded gradients; compares the parameters after every update."""
     steps = recording.meta["n_updates"]
     recorded = recording.under("params/")
@@ -156,12 +164,12 @@ def _optimizer_trajectory(recording: Recording, twin: bool) -> Errors:
     spec = recordings.spec(recording, [(key, x.shape[1:]) for key, x in recorded.items()])
     theta = recordings.theta(recording, spec)
     params = {key: x[0] for key, x in recorded.items()}
-    got = _trajectory(spec, twin)(theta, params, grads, losses)
+    got = _trajectory(spec, overrides)(theta, params, grads, losses)
     bound = recording.tolerance("params_abs", SUGGESTED)
     return [_error(got[key], x[1:], bound) for key, x in recorded.items()]
 
 
-def _inner_unroll(recording: Recording, twin: bool) -> Errors:
+def _inner_unroll(recording: Recording, overrides: Overrides) -> Errors:
     """Trains the recorded MLP at every scale; compares losses and final parameters.
 
     The optimizer is told the recorded losses: Celo's loss features turn the last bit of a loss into the
@@ -183,7 +191,7 @@ def _inner_unroll(recording: Recording, twin: bool) -> Errors:
     require(bool(in_range), f"{recording.file}: labels", "out of range", f"from 0 to {widths[-1] - 1}")
     spec = recordings.spec(recording, [(k.replace("|", "/"), x.shape) for k, x in start.items()])
     theta = recordings.theta(recording, spec)
-    run = _inner(spec, twin, widths)
+    run = _inner(spec, overrides, widths)
     errors: Errors = []
     bounds = recording.field("tolerance", dict, {}).get("params_abs", {})
     for scale in recording.field("scales", list):
@@ -218,10 +226,10 @@ def _widths(recording: Recording, start: dict[str, np.ndarray], features: int) -
 
 
 @functools.lru_cache(maxsize=8)
-def _inner(spec: Spec, twin: bool, widths: tuple[int, ...]) -> Callable[..., tuple[Array, PyTree]]:
+def _inner(spec: Spec, overrides: Overrides, widths: tuple[int, ...]) -> Callable[..., tuple[Array, PyTree]]:
     """Returns the compiled ``(theta, params, scale, images, labels, told) -> (losses, final params)``."""
-    optimizer = _optimizer(spec, twin)
-    loss_of = _plain_loss(widths) if twin else _task_loss(widths)
+    optimizer = _optimizer(spec, overrides)
+    loss_of = _plain_loss(widths) if overrides is None else _task_loss(widths)
 
     def run(
         theta: PyTree, params: PyTree, scale: Array, images: Array, labels: Array, told: Array
@@ -272,7 +280,7 @@ def _plain_loss(widths: tuple[int, ...]) -> Callable[..., Array]:
     return loss
 
 
-def _pes_estimate(recording: Recording, twin: bool) -> Errors:
+def _pes_estimate(recording: Recording, overrides: Overrides) -> Errors:
     """Estimates the gradient from recorded losses; compares gradient and new accumulator."""
     shape = recording.array("pos_loss").shape
     require(
@@ -295,7 +303,7 @@ def _pes_estimate(recording: Recording, twin: bool) -> Errors:
     require(
         step in ("published", "exact"), f"{recording.file}: finished_step", step, "'published' or 'exact'"
     )
-    if twin:
+    if overrides is None:
         from celo_nnx.naive_meta import pes_estimate
 
         got = pes_estimate(pos, neg, done, mask, perturbation, accumulator, std, step)
@@ -308,14 +316,14 @@ def _pes_estimate(recording: Recording, twin: bool) -> Errors:
     return [_error(ours[key], want[key], bound) for ours, want in pairs for key in want]
 
 
-def _normalizer(recording: Recording, twin: bool) -> Errors:
+def _normalizer(recording: Recording, overrides: Overrides) -> Errors:
     """Normalizes recorded losses of a 10-class image task."""
     from celo_nnx.tasks.image_mlp import ImageMLP
 
     loss = recording.array("loss")
     want = recording.array("normalized", loss.shape)
     require(loss.size > 0, f"{recording.file}: number of losses", loss.size, "at least 1")
-    if twin:
+    if overrides is None:
         top = np.float32(1.5 * math.log(10.0))
         got = np.where(np.isnan(loss), top, np.minimum(np.maximum(loss, 0), top))
     else:
@@ -323,7 +331,7 @@ def _normalizer(recording: Recording, twin: bool) -> Errors:
     return [_error(got, want, recording.tolerance("abs", 1e-6))]
 
 
-def _image_pipeline(recording: Recording, twin: bool) -> Errors:
+def _image_pipeline(recording: Recording, overrides: Overrides) -> Errors:
     """Prepares recorded images: ``NAME_in`` gives ``NAME_out8``, and ``NAME_out8_bw`` in grey."""
     from celo_nnx.tasks.images import prepare
 
@@ -340,7 +348,7 @@ def _image_pipeline(recording: Recording, twin: bool) -> Errors:
             "[n, h, w, c]",
         )
         want = recording.array(key, (len(raw), size, size, 1 if grey else raw.shape[-1]))
-        got = _plain_resize(raw, size, grey) if twin else prepare(raw, size, grey)
+        got = _plain_resize(raw, size, grey) if overrides is None else prepare(raw, size, grey)
         errors.append(_error(got, want, recording.tolerance("abs", 1e-6)))
     if not errors:
         raise UserError(f"{recording.file}: no array NAME_in with NAME_outSIZE or NAME_outSIZE_bw")

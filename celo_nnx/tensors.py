@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +99,21 @@ def spread(
     return out
 
 
+def check_patterns(what: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    """Refuses a pattern that is found in none of the paths: it would silently do nothing.
+
+    Example:
+      >>> check_patterns("routing", ("/b$",), ["layer/b"])
+    """
+    paths = list(paths)
+    for pattern in patterns:
+        if paths and not any(re.search(pattern, path) for path in paths):
+            raise UserError(
+                f"{what}: the pattern {pattern!r} is found in no tensor's path; "
+                f"paths are like {', '.join(repr(p) for p in paths[:3])}"
+            )
+
+
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
     """Axes (d1, d0): second largest and largest, ties to the higher index (OPTIMIZERS section 1.4).
 
@@ -147,24 +162,6 @@ class Tensors:
             raise unknown("optimizer.tensors.axes", self.axes, READINGS)
         if self.factored and self.axes != "last_two":
             raise UserError("optimizer.tensors.factored needs optimizer.tensors.axes = 'last_two'")
-
-    def check_patterns(self, shapes: Shapes) -> None:
-        """Refuses a row that is for none of the tensors: it would silently do nothing."""
-        like = f"paths are like {', '.join(repr(p) for p in list(shapes)[:3])}"
-        for pattern, *_ in self.matrix:
-            found = [path for path in shapes if re.search(pattern, path)]
-            if not found:
-                raise UserError(
-                    f"optimizer.tensors.matrix: the pattern {pattern!r} is found in no tensor's path; {like}"
-                )
-            if all(len(shapes[path]) < 2 for path in found):
-                raise UserError(
-                    f"optimizer.tensors.matrix: the pattern {pattern!r} is found in no path of a tensor with "
-                    f"two axes, only in {found[0]!r}"
-                )
-        for path, *_ in self.factored:
-            if path not in shapes:
-                raise UserError(f"optimizer.tensors.factored: there is no tensor {path!r}; {like}")
 
     def specs(self, shapes: Shapes) -> dict[str, TensorSpec]:
         """Returns the static description of every tensor, from the paths and shapes of a whole tree.

@@ -74,6 +74,7 @@ def multiply_add(a: Array, b: Array, c: Array) -> Array:
     return s + (rest + low)
 
 
+@jax.jit
 def power(base: Array, n: Array) -> Array:
     """Returns base^n for an int32 scalar n >= 0, rounded once, as float64 would (OPTIMIZERS 14.2).
 

@@ -36,7 +36,7 @@ class NaiveVelo(NaiveCelo):
 
     def own_features(self, leaves: Leaves, states: list[dict]) -> list[list[Array]]:
         """Returns equations V1 to V3 for every tensor, of the accumulators before this update."""
-        return [_statistics(p, old["m"], old["rms"]) for (_, p), old in zip(leaves, states, strict=True)]
+        return [row_statistics(p, old["m"], old["rms"]) for (_, p), old in zip(leaves, states, strict=True)]
 
     def heads(self, hidden: Array) -> tuple[Array, Array]:
         """Returns raw controls ``[tensors, K]`` and raw rates ``[tensors]``, equation V4."""
@@ -52,7 +52,7 @@ class NaiveVelo(NaiveCelo):
         return jax.tree.map(lambda w: np.float32(self.ff_mult) * w, super().mixed_weights(control))
 
 
-def _statistics(p: Array, m: Array, rms: Array) -> list[Array]:
+def row_statistics(p: Array, m: Array, rms: Array) -> list[Array]:
     """Returns mean_rms ``[K_r]``, rank ``[5]``, var_m ``[K_m]`` and var_rms of a tensor."""
     axes = tuple(range(m.ndim - 1))
     z = rs(jnp.maximum(1e-9, jnp.mean(p * p)))

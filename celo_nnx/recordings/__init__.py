@@ -6,6 +6,6 @@ into a :class:`Spec` and meta-parameters, ``twins`` and ``composed`` turn a Spec
 
 from celo_nnx.recordings.files import KINDS, Recording, read
 from celo_nnx.recordings.spec import Spec, optimizer_name, spec
-from celo_nnx.recordings.theta import theta
+from celo_nnx.recordings.theta import theta, theta_arrays
 
-__all__ = ["KINDS", "Recording", "Spec", "optimizer_name", "read", "spec", "theta"]
+__all__ = ["KINDS", "Recording", "Spec", "optimizer_name", "read", "spec", "theta", "theta_arrays"]

@@ -30,23 +30,30 @@ def theta(recording: Recording, rule: Spec) -> dict[str, Any]:
         recording = dataclasses.replace(
             recording, file=str(recording.folder / source), arrays=read_npz(recording.folder / source)
         )
-    leaves = [(name, pieces, _parts(rule, name, _whole(pieces))) for name, pieces in rule.theta_leaves]
-    known = {PREFIX + part for _, _, parts in leaves for part in parts}
-    for key in sorted(key for key in recording.arrays if key.startswith(PREFIX) and key not in known):
-        raise UserError(f"{recording.file}: array {key!r} has no place in this optimizer's theta")
+    wanted = theta_arrays(rule)
+    for key in sorted(key for key in recording.arrays if key.startswith(PREFIX)):
+        if key.removeprefix(PREFIX) not in wanted:
+            raise UserError(f"{recording.file}: array {key!r} has no place in this optimizer's theta")
+    arrays = {name: recording.array(PREFIX + name, shape) for name, shape in wanted.items()}
     own: dict[str, Any] = {}
-    for name, pieces, parts in leaves:
+    for name, pieces in rule.theta_leaves:
         shape = _whole(pieces)
-        if parts == [name]:
-            array = recording.array(PREFIX + name, shape)
-        else:
-            array = np.stack([recording.array(PREFIX + part, ()) for part in parts]).reshape(shape)
-        ends = np.cumsum([shape[0] for _, shape in pieces if len(pieces) > 1])
-        for (path, _), piece in zip(
-            pieces, np.split(array, ends[:-1]) if len(ends) else [array], strict=True
-        ):
+        whole = arrays[name] if name in arrays else _stack(arrays, name, shape)
+        ends = np.cumsum([shape[0] for _, shape in pieces if shape])
+        split = [whole] if len(pieces) == 1 else np.split(whole, ends[:-1])
+        for (path, _), piece in zip(pieces, split, strict=True):
             _put(own, path, piece)
     return own
+
+
+def theta_arrays(rule: Spec) -> dict[str, tuple[int, ...]]:
+    """Returns name and shape of every array of a recording's theta, without the prefix ``theta/``."""
+    shapes = {name: _whole(pieces) for name, pieces in rule.theta_leaves}
+    if "make_separate_weights" not in rule or not rule["make_separate_weights"]:
+        return shapes
+    deep = {name: shape for name, shape in shapes.items() if name.startswith("nn/")}
+    scalars = {part: () for name, shape in deep.items() for part in _scalars(name, shape)}
+    return {name: shape for name, shape in shapes.items() if name not in deep} | scalars
 
 
 def _whole(pieces: list[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
@@ -55,11 +62,13 @@ def _whole(pieces: list[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
     return first if len(pieces) == 1 else (sum(shape[0] for _, shape in pieces), *first[1:])
 
 
-def _parts(rule: Spec, name: str, shape: tuple[int, ...]) -> list[str]:
-    """Returns the names of the arrays that hold a leaf: its own, or scalars ``w{l}_{in}_{out}``."""
-    if not ("make_separate_weights" in rule and rule["make_separate_weights"] and name.startswith("nn/")):
-        return [name]
+def _scalars(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Returns the names ``w{l}_{in}_{out}`` of a matrix that is kept number by number."""
     return [f"{name}_{'_'.join(map(str, index))}" for index in np.ndindex(*shape)]
+
+
+def _stack(arrays: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.stack([arrays[part] for part in _scalars(name, shape)]).reshape(shape)
 
 
 def _put(tree: dict[str, Any], path: str, array: np.ndarray) -> None:

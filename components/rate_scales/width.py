@@ -40,6 +40,7 @@ class WidthMultipliers(RateScale):
             except re.error as error:
                 raise UserError(f"multipliers: {row[0]!r} is not a regular expression: {error}") from None
         self.multipliers = tuple((str(p), float(m)) for p, m in multipliers)
+        self.patterns = tuple(p for p, _ in self.multipliers)
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> float:
         if len(shape) < 2:

@@ -32,7 +32,8 @@ class Regex(Routing):
     """A tensor takes ``route`` where the pattern is found anywhere in its path (OPTIMIZERS section 5).
 
     Args:
-      pattern: a regular expression; empty matches nothing. ``/b$`` is the published one of Celo2.
+      pattern: a regular expression; empty matches nothing. ``/b$`` is the published one of Celo2. One that
+        is found in no tensor is an error at init.
       route: where a match goes.
 
     Raises:
@@ -50,6 +51,7 @@ class Regex(Routing):
         except re.error as error:
             raise UserError(f"pattern {pattern!r} is not a regular expression: {error}") from None
         self.pattern, self.route = str(pattern), str(route)
+        self.patterns = (self.pattern,) if pattern else ()
 
     def __call__(self, path: str, shape: tuple[int, ...]) -> str:
         return self.route if self.pattern and re.search(self.pattern, path) else LEARNED

@@ -22,7 +22,8 @@ class LossNormalizer(Tracker):
 
     Example:
       >>> part = LossNormalizer()
-      >>> float(part.read(part.update(part.init(1), jnp.float32(1.0)), jnp.float32(1.0))[0])
+      >>> state = part.update(part.init(1), jnp.float32(1.0))
+      >>> round(float(part.read(state, jnp.float32(1.0))[0]), 3)
       0.0
     """
 

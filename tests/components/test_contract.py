@@ -35,7 +35,9 @@ def view_of(shape: tuple[int, ...], scale: float) -> TensorView:
     stats = {}
     for name, part in ACCUMULATORS.items():
         made = part()
-        stats[name] = made.read(made.update(made.init(spec), made.measure(grad, spec), spec), spec)
+        stats[name] = made.read(
+            made.update(made.init(spec), made.measure(grad, spec), spec), spec, jnp.int32(0)
+        )
     return TensorView(param=jnp.ones(spec.shape), grad=grad, stats=stats, spec=spec)
 
 
@@ -56,7 +58,7 @@ def test_accumulator_keeps_its_state_tree(name: str, shape: tuple[int, ...]) -> 
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(part.read(after, spec)))
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(part.read(after, spec, jnp.int32(0))))
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -141,7 +143,7 @@ def test_route_rule(name: str) -> None:
         assert all(bool(jnp.isfinite(s).all()) for s in steps.values())
 
 
-TREE = {"embed": (6, 4), "dense": {"kernel": (7, 24), "bias": (24,)}, "conv": (2, 3, 4, 6), "scale": ()}
+TREE = {"embed": (6, 4), "dense": {"kernel": (7, 24), "b": (24,)}, "conv": (2, 3, 4, 6), "scale": ()}
 
 
 def random_tree(seed: int, scale: float = 1.0, dtype: jnp.dtype = jnp.float32) -> dict:

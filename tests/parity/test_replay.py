@@ -6,13 +6,12 @@ import json
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from made_recordings import record
 
-from celo_nnx import recordings
 from celo_nnx.errors import UserError
-from celo_nnx.replay import main, replay, twin_optimizer
+from celo_nnx.replay import main, replay
 
 KEYS = {"file", "kind", "optimizer", "steps", "max_abs_error", "max_rel_error", "ok"}
 CELO2 = [
@@ -55,8 +54,11 @@ def test_recorded_by_the_composed_optimizer(shared: Path, name: str):
         assert row["max_abs_error"] < 1e-6
 
 
-def test_other_optimizers_are_told_apart(shared: Path, capsys: pytest.CaptureFixture[str]):
-    files = [shared / "golden" / "celo_adam.json", shared / "golden" / "normalizer.json"]
+def test_other_optimizers_are_told_apart(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    meta = json.loads((shared / "golden" / "celo_adam.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(meta | {"reference_class": "some.Optimizer"}))
+    (tmp_path / "other.npz").write_bytes((shared / "golden" / "celo_adam.npz").read_bytes())
+    files = [tmp_path / "other.json", shared / "golden" / "normalizer.json"]
     assert main(files) == 1
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["ok"] for row in rows] == [False, True]
@@ -89,49 +91,11 @@ LEAVES = {"a/w": ((6, 6), "celo2", [1, 0]), "b": ((), "celo2", None), "c": ((3,)
 STEPS = 3
 
 
-def _write(folder: Path, name: str = "made", constructor: dict | None = None, **changes) -> Path:
-    """Records the twin with another seed, other shapes and other options."""
-    meta = {
-        "kind": "optimizer_trajectory",
-        "reference_class": "celo.optimizers.celo2.Celo2",
-        "constructor": CONSTRUCTOR if constructor is None else constructor,
-        "num_steps_given_to_init": 7,
-        "n_updates": STEPS,
-        "param_leaves": [
-            {"key": key, "shape": list(shape), "routed_to": route, "factored_dims_d1_d0": axes}
-            for key, (shape, route, axes) in LEAVES.items()
-        ],
-    }
-    rng = np.random.default_rng(5)
-    probe = recordings.Recording(name, meta, {}, folder)
-    spec = recordings.spec(probe, [(key, shape) for key, (shape, _, _) in LEAVES.items()])
-    size, layers = spec["ff_hidden_size"], spec["ff_hidden_layers"]
-    shapes = {f"w0__{j}": (width, size) for j, width in enumerate(spec.widths.values())}
-    for layer in range(layers + 1):
-        out = 3 if layer == layers else size
-        shapes |= {f"b{layer}": (out,)} | ({f"w{layer}": (size, out)} if layer else {})
-    arrays = {
-        f"theta/ff_mod_stack/~/{k}": rng.normal(size=s).astype(np.float32) / 2 for k, s in shapes.items()
-    }
-    params = {key: rng.normal(size=shape).astype(np.float32) for key, (shape, _, _) in LEAVES.items()}
-    grads = {key: rng.normal(size=(STEPS, *x.shape)).astype(np.float32) for key, x in params.items()}
-    theta = recordings.theta(recordings.Recording(name, meta, arrays, folder), spec)
-    rule = twin_optimizer(spec).with_theta(theta)
-    update, state, path = jax.jit(rule.update), rule.init(params, 7), [params]
-    for i in range(STEPS):
-        updates, state = update({k: g[i] for k, g in grads.items()}, state, path[-1], value=np.float32(0))
-        path.append({k: path[-1][k] + np.asarray(updates[k]) for k in params})
-    arrays |= {f"params/{key}": np.stack([p[key] for p in path]) for key in params}
-    arrays |= {f"grads/{key}": g for key, g in grads.items()} | {"losses": np.zeros(STEPS, np.float32)}
-    (folder / f"{name}.json").write_text(json.dumps(meta | changes))
-    np.savez(folder / f"{name}.npz", **arrays)
-    return folder / name
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording whose constructor differs from the factory's in every option that a part has."""
-    return _write(tmp_path_factory.mktemp("recording"))
+    folder = tmp_path_factory.mktemp("recording")
+    return record(folder, "celo.optimizers.celo2.Celo2", CONSTRUCTOR, LEAVES, steps=STEPS)
 
 
 def _copy(made: Path, folder: Path, arrays: dict | None = None, **changes) -> Path:

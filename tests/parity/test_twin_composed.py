@@ -115,7 +115,7 @@ def test_a_tie_of_factored_axes_is_taken_from_the_table():
 def test_hand_made_theta_is_muon():
     """Follows ``scale_by_muon`` with EMA momentum .9, both RMS-normalized, at gradient scale 1."""
     config = load("celo2_published").optimizer.to_dict()
-    config |= {"schedule": {"kind": "constant", "value": 1.0}}
+    config |= {"schedule": {"kind": "constant", "value": 1.0}, "routing": {"kind": "single"}}
     rule = build(config, theta_init={"kind": "hand_made"})
     rng = np.random.default_rng(3)
     shapes = {"tall": (40, 12), "wide": (4, 9), "conv": (3, 3, 4, 6)}

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.testing import assert_allclose
 
-from celo_nnx.naive import NaiveCelo2, accumulate_factored, factored_statistics, newton_schulz
+from celo_nnx.naive import NaiveCelo2, newton_schulz
+from celo_nnx.naive_zoo.tensors import accumulate_factored, factored_statistics
 
 COEFFS = (3.4445, -4.7750, 2.0315)
 
