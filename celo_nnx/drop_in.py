@@ -26,7 +26,7 @@ import jax
 import optax
 
 from celo_nnx.config import load_optimizer
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.optimizer import LearnedOptimizer
 
 Array = jax.Array
@@ -58,8 +58,8 @@ def celo2(
         ``"hand_made"``, which is the default: it makes the rule Muon with exponential-average momentum.
       num_steps: length of the run in updates; this rule does not need it.
       mask: booleans like the parameters, or a function of them: which tensors are decayed.
-      dimensions: ``optax.contrib.MuonDimensionNumbers`` or None for each tensor, or a function of the
-        parameters: which axes are the matrix. By default kernels of nnx and linen are recognised; see
+      dimensions: ``optax.contrib.MuonDimensionNumbers`` or None (Adam) for each tensor, or a function of
+        the parameters: which axes are the matrix. By default kernels of nnx and linen are recognised; see
         :meth:`~celo_nnx.optimizer.LearnedOptimizer.routing_table`.
       state_dtype: ``"float32"`` (16 bytes a parameter of a matrix) or ``"bfloat16"`` (8, stochastically
         rounded; a step differs by about 1 % of its RMS).
@@ -101,7 +101,8 @@ def celo2_base(
 
     Args:
       learning_rate, weight_decay, weights, num_steps, mask, dimensions, state_dtype, diagnostics: as in
-        :func:`celo2`; the hand-made weights step along RMS-normalized momentum here.
+        :func:`celo2`; the hand-made weights step along RMS-normalized momentum here, and a tensor whose
+        dimensions are None is looked at as by default.
 
     Returns:
       An optax transformation.
@@ -162,7 +163,11 @@ def _transformation(
 ) -> optax.GradientTransformationExtraArgs:
     overrides = (f"optimizer.state.dtype={state_dtype}",)
     theta = weights if isinstance(weights, Mapping) else None
-    path = None if weights is None or theta is not None else os.fspath(weights)
+    path = None
+    if weights is not None and theta is None:
+        good = isinstance(weights, (str, os.PathLike))
+        require(good, "weights", weights, "a theta, a file, a run folder or a name")
+        path = os.fspath(weights)
     if path is not None and not os.path.exists(path):
         if os.sep in path or path.endswith((".safetensors", ".state")):
             raise UserError(f"no weights at {path}: neither a file nor a run folder is there")
@@ -188,4 +193,4 @@ def _built(variant: str, overrides: tuple[str, ...], path: str | None) -> Learne
         return _cached(variant, overrides, None, 0.0)
     file = os.path.join(path, "theta.safetensors") if os.path.isdir(path) else path
     stamp = os.path.getmtime(file) if os.path.exists(file) else 0.0
-    return _cached(variant, overrides, path, stamp)
+    return _cached(variant, overrides, os.path.abspath(path), stamp)

@@ -15,6 +15,7 @@ from jax import lax
 
 from celo_nnx.interfaces import TensorSpec
 from celo_nnx.kernel import TensorKernel, tile_rows
+from celo_nnx.precision import bits, from_bits, to_float32
 
 Array = jax.Array
 PyTree = Any
@@ -46,28 +47,34 @@ def update_group(
     """
     limit = tile or (CPU_TILE if jax.default_backend() == "cpu" else 0)
     rows = tile_rows(spec.shape, limit) if kernel.step.tiled else 0
-    if len(pairs) == 1:
-        if rows:
-            state = jax.tree.map(lambda x: x[None], state)
-            steps, state, feedback = _in_tiles(kernel, spec, pairs, state, number, rows)
-            return steps, jax.tree.map(lambda x: x[0], state), feedback
+    if len(pairs) == 1 and not rows:
         grad, param = (spec.enter(x).astype(jnp.float32) for x in pairs[0])
         step, state, feedback = kernel.whole(spec, grad, param, state, number)
         return [spec.leave(step)], state, feedback[None]
-    if rows:
-        return _in_tiles(kernel, spec, pairs, state, number, rows)
+    loop = _in_tiles if rows else _whole
+    one = len(pairs) == 1
+    packed = bits(jax.tree.map(lambda x: x[None], state) if one else state)
+    steps, new, feedback = loop(kernel, spec, [bits(pair) for pair in pairs], packed, number, rows)
+    new = jax.tree.map(lambda x: x[0], new) if one else new
+    return [spec.leave(step) for step in steps], from_bits(new, state), feedback
+
+
+def _whole(
+    kernel: TensorKernel, spec: TensorSpec, pairs: Pairs, state: PyTree, number: int, _: int
+) -> tuple[list[Array], PyTree, Array]:
+    """Updates several tensors, each in one piece."""
 
     def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], Array]:
         state, steps = carry
-        grad, param = _switch(i, pairs, lambda x: spec.enter(x).astype(jnp.float32))
+        grad, param = _switch(i, pairs, lambda x: to_float32(spec.enter(x)))
         own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
         step, new, feedback = kernel.whole(spec, grad, param, own, number + i)
         put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
         return (jax.tree.map(put, state, new), put(steps, step)), feedback
 
     steps = jnp.zeros((len(pairs), *spec.shape), jnp.float32)
-    (state, steps), feedback = lax.scan(body, (state, steps), jnp.arange(len(pairs)))
-    return [spec.leave(step) for step in steps], state, feedback
+    (state, steps), feedback = lax.scan(body, (state, steps), jnp.arange(len(pairs), dtype=jnp.int32))
+    return list(steps), state, feedback
 
 
 def rows_of_group(
@@ -82,7 +89,7 @@ def rows_of_group(
         own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
         return None, row(*both, own, i)
 
-    return lax.scan(body, None, jnp.arange(len(pairs)))[1]
+    return lax.scan(body, None, jnp.arange(len(pairs), dtype=jnp.int32))[1]
 
 
 def _in_tiles(
@@ -92,17 +99,17 @@ def _in_tiles(
 
     def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], Any]:
         # Axes that move are moved once, not in every tile.
-        chosen = [_switch(i, pairs, spec.enter)] if spec.order else pairs
+        chosen = [_switch(i, _alike(pairs), spec.enter)] if spec.order else pairs
         which = jnp.int32(0) if spec.order else i
 
         def fetch(start: Array | int, rows: int) -> tuple[Array, Array]:
             def cut(x: Array) -> Array:
                 return lax.dynamic_slice_in_dim(x.reshape(spec.shape), start, rows, len(spec.shape) - 2)
 
-            return _switch(which, chosen, lambda x: cut(x).astype(jnp.float32))
+            return _switch(which, chosen, lambda x: to_float32(cut(x)))
 
         def param() -> Array:
-            return _switch(which, chosen)[1].astype(jnp.float32)
+            return to_float32(_switch(which, _alike(chosen))[1])
 
         state, steps, *more = kernel.tiled(spec, fetch, param, *carry, i, number + i, size)
         return (state, steps), more
@@ -110,9 +117,16 @@ def _in_tiles(
     carry = (state, jnp.zeros((len(pairs), *spec.shape), jnp.float32))
     if len(pairs) == 1:
         (state, steps), (scale, feedback) = body(carry, jnp.int32(0))
-        return [spec.leave(steps[0] * scale)], state, feedback[None]
-    (state, steps), (scales, feedback) = lax.scan(body, carry, jnp.arange(len(pairs)))
-    return [spec.leave(steps[i] * scales[i]) for i in range(len(pairs))], state, feedback
+        return [steps[0] * scale], state, feedback[None]
+    (state, steps), (scales, feedback) = lax.scan(body, carry, jnp.arange(len(pairs), dtype=jnp.int32))
+    return [steps[i] * scales[i] for i in range(len(pairs))], state, feedback
+
+
+def _alike(pairs: Pairs) -> Pairs:
+    """Returns the pairs as they are where they have the same dtypes, else in float32."""
+    if len({(g.dtype, p.dtype) for g, p in pairs}) == 1:
+        return pairs
+    return [(to_float32(g), to_float32(p)) for g, p in pairs]
 
 
 def _switch(

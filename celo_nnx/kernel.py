@@ -32,7 +32,7 @@ from celo_nnx.interfaces import (
     TensorView,
     UpdateRule,
 )
-from celo_nnx.planes import block_mean_squares, fence, row_sums, rows
+from celo_nnx.planes import BLOCKS, block_mean_squares, fence, row_sums, rows
 from celo_nnx.precision import Storage, mix
 
 Array = jax.Array
@@ -161,9 +161,9 @@ class TensorKernel:
             return (weight, grad, stats), new
 
         groups, squares = self._tiled_squares(spec, tile, moving, fixed, size)
-        prepared = self._prepare(
-            spec, groups, squares, controls, lambda: TensorView(param(), jnp.zeros(()), fixed, spec)
-        )
+        # Only where context looks at the tensor is all of it made.
+        whole = lambda: TensorView(*tile(moving, 0, full)[0], spec)  # noqa: E731
+        prepared = self._prepare(spec, groups, squares, controls, whole)
         factor = self.step.factor(param())
 
         def write(carry: tuple[PyTree, Array, Array], start: Array | int, count: int) -> Any:
@@ -261,23 +261,24 @@ class TensorKernel:
         groups = self._groups(spec, (zeros, zeros, stats | fixed))
         planes = sum(groups.values(), [])
         big = [j for j, x in enumerate(planes) if x.shape == shape]
-        over_rows = len(shape) - 2 in axes
         kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
-        summed = (*shape[:-2], 1, shape[-1]) if over_rows else kept
+        over_rows = kept[-2] == 1
+        others = [a - len(shape) for a in axes if a != len(shape) - 2]
 
         def add(total: Array, start: Array | int, count: int) -> Array:
             view, _ = tile(moving, start, count)
             own = (*shape[:-2], count, shape[-1])
-            if over_rows:
-                return total + row_sums(lambda t: self._flat(spec, t), view, own, big)
+            if over_rows and count >= BLOCKS:
+                sums = row_sums(lambda t: self._flat(spec, t), view, own, big)
+                return total + jnp.sum(sums, others, keepdims=True)
             made = self._flat(spec, view)
             sums = jnp.stack([jnp.sum(made[j] * made[j], axes, keepdims=True) for j in big])
+            if over_rows:
+                return total + sums
             return lax.dynamic_update_slice_in_dim(total, sums, start, total.ndim - 2)
 
-        total = over_tiles(shape[-2], size, add, jnp.zeros((len(big), *summed), jnp.float32))
-        over = [a for a in axes if total.shape[a + 1] > 1]
-        count = math.prod(shape[a] for a in axes)
-        squares = dict(zip(big, jnp.sum(total, [a + 1 for a in over], keepdims=True) / count, strict=True))
+        total = over_tiles(shape[-2], size, add, jnp.zeros((len(big), *kept), jnp.float32))
+        squares = dict(zip(big, total / math.prod(shape[a] for a in axes), strict=True))
         for j, x in enumerate(planes):
             if j not in squares:
                 squares[j] = jnp.mean(x * x, axes, keepdims=True)
@@ -380,8 +381,7 @@ def _rows(tree: PyTree, index: Array, start: Array | int, count: int) -> PyTree:
     """Returns rows of one of the stacked tensors; leaves ``[tensors, ..., n, m]``."""
 
     def cut(x: Array) -> Array:
-        at = [index] + [0] * (x.ndim - 1)
-        at[-2] = start
+        at = _start(x, index, start)
         return lax.dynamic_slice(x, at, (1, *x.shape[1:-2], count, x.shape[-1]))[0]
 
     return jax.tree.map(cut, tree)
@@ -391,8 +391,12 @@ def _put_rows(tree: PyTree, new: PyTree, index: Array, start: Array | int) -> Py
     """Writes rows of one of the stacked tensors in place."""
 
     def put(x: Array, y: Array) -> Array:
-        at = [index] + [0] * (x.ndim - 1)
-        at[-2] = start
-        return lax.dynamic_update_slice(x, y[None], at)
+        return lax.dynamic_update_slice(x, y[None], _start(x, index, start))
 
     return jax.tree.map(put, tree, new)
+
+
+def _start(x: Array, index: Array, start: Array | int) -> list[Array]:
+    at = [index] + [0] * (x.ndim - 1)
+    at[-2] = start
+    return [jnp.asarray(a, jnp.int32) for a in at]  # of one type, with 64 bits enabled too

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -34,7 +36,7 @@ from celo_nnx.interfaces import (
 )
 from celo_nnx.kernel import TensorKernel
 from celo_nnx.precision import Storage, mix
-from celo_nnx.tensors import Tensors, check_like, check_patterns, layout, tensor_paths
+from celo_nnx.tensors import Tensors, check_arrays, check_like, check_patterns, layout, spread, tensor_paths
 from celo_nnx.transform import as_optax
 
 Array = jax.Array
@@ -145,14 +147,11 @@ class LearnedOptimizer(nnx.Module):
     def _routes(self, params: PyTree) -> dict[str, str]:
         """Returns the route of each path; decided by path and shape alone, so the same at every call."""
         table = {}
+        check_arrays(params, "parameter")
         given = {path: rows for path, rows, _ in self.settings.tensors.given}
         for path, leaf in tensor_paths(params):
             if path in table:
                 raise UserError(f"two parameters have the path {path!r}: rename one of them")
-            if not hasattr(leaf, "dtype"):
-                raise UserError(f"parameter {path!r} is a {type(leaf).__name__}, not an array")
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise UserError(f"parameter {path!r} has dtype {leaf.dtype}: floating-point parameters only")
             route = self.routing(path, leaf.shape)
             if path in given and self.routes:
                 route = next(iter(self.routes)) if given[path] is None else LEARNED
@@ -162,8 +161,11 @@ class LearnedOptimizer(nnx.Module):
                     f"tensor {path!r} is routed to {route!r}, which is not a route; known: {known}"
                 )
             table[path] = route
-        matrix = [pattern for pattern, *_ in self.settings.tensors.matrix]
-        check_patterns("optimizer.tensors.matrix", matrix, table)
+        tensors, matrices = self.settings.tensors, [p for p, leaf in tensor_paths(params) if leaf.ndim > 1]
+        check_patterns("optimizer.tensors.matrix", [row[0] for row in tensors.matrix], matrices)
+        check_patterns(
+            "optimizer.tensors.factored", [f"^{re.escape(row[0])}$" for row in tensors.factored], table
+        )
         check_patterns("optimizer.routing", self.routing.patterns, table)
         check_patterns("optimizer.rate_scale", self.rate_scale.patterns, table)
         return table
@@ -230,8 +232,8 @@ class LearnedOptimizer(nnx.Module):
           ``{"version", "count", "num_steps": int32 scalars, "clip", "tracker", "schedule": those parts'
           states, "learned": {shape: {accumulator: state}}, "routes": {route: its rule's state}}``. Tensors of
           one shape share an entry, stacked on a leading axis in flatten order, so that their update compiles
-          once. ``version`` changes when this tree does:
-          a restored state of another version is refused.
+          once. ``version`` changes when this tree does: a restored state of another version is refused at the
+          first update outside jit, and inside jit where its tree differs.
 
         Raises:
           UserError: an integer or complex parameter, an unknown route, axes out of range, or a pattern that
@@ -273,7 +275,7 @@ class LearnedOptimizer(nnx.Module):
         params: PyTree,
         *,
         value: Array | float = 0.0,
-        learning_rate: Array | float | None = None,
+        learning_rate: Array | float | Callable[[Array], Array] | None = None,
         weight_decay: Array | float | None = None,
         decay_mask: PyTree | None = None,
     ) -> tuple[PyTree, dict[str, PyTree]]:
@@ -284,7 +286,7 @@ class LearnedOptimizer(nnx.Module):
           state: from :meth:`init` or the last update.
           params: the parameters.
           value: the loss at ``params``; unused by the parts that need none.
-          learning_rate: overrides the schedule, scalar.
+          learning_rate: overrides the schedule; a scalar, or a function of the number of updates so far.
           weight_decay: overrides the configured one.
           decay_mask: booleans like ``params``: which tensors are decayed; all by default.
 
@@ -296,13 +298,16 @@ class LearnedOptimizer(nnx.Module):
             version.
         """
         check_like(grads, params, "gradient")
+        check_arrays(grads, "gradient")
+        _check_version(state)
         check_like(state, jax.eval_shape(self.init, params), "optimizer state")
-        _check_version(state["version"])
         leaves, grad_of = tensor_paths(params), dict(tensor_paths(grads))
-        mask = _decayed(decay_mask, params)
-        lr = (
-            self.schedule.base(state["count"], state["num_steps"]) if learning_rate is None else learning_rate
-        )
+        mask = dict.fromkeys((path for path, _ in leaves), True)
+        if decay_mask is not None:
+            mask = spread(decay_mask, params, "weight decay mask")
+        if learning_rate is None:
+            learning_rate = self.schedule.base(state["count"], state["num_steps"])
+        lr = learning_rate(state["count"]) if callable(learning_rate) else learning_rate
         decay = self.settings.weight_decay if weight_decay is None else weight_decay
         table = self._routes(params)
         pairs = {path: (grad_of[path], param) for path, param in leaves}
@@ -407,21 +412,11 @@ class LearnedOptimizer(nnx.Module):
     as_optax = as_optax
 
 
-def _check_version(version: Array) -> None:
-    """Refuses a state of another version, where it can be seen: inside jit it cannot."""
-    if not isinstance(version, jax.core.Tracer) and (version != STATE_VERSION).any():
-        raise UserError(
-            f"the optimizer state has version {int(version.ravel()[0])}, this release reads {STATE_VERSION}"
-        )
-
-
-def _decayed(mask: PyTree | None, params: PyTree) -> dict[str, bool]:
-    """Returns whether each path is decayed, from a mask that may be a prefix of the parameters' tree."""
-    if mask is None:
-        return {path: True for path, _ in tensor_paths(params)}
-    try:
-        return dict(tensor_paths(jax.tree.broadcast(mask, params)))
-    except ValueError as error:
-        raise UserError(
-            f"the weight decay mask does not fit the parameters: {error}".split("\n")[0]
-        ) from None
+def _check_version(state: PyTree) -> None:
+    """Refuses another optimizer's state, and another version's where that can be seen: not inside jit."""
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise UserError(f"the optimizer state is a {type(state).__name__}, not one that init of this made")
+    version = state["version"]
+    if not isinstance(version, jax.core.Tracer) and (np.asarray(version) != STATE_VERSION).any():
+        found = int(np.ravel(version)[0])
+        raise UserError(f"the optimizer state has version {found}, this release reads {STATE_VERSION}")

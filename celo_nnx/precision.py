@@ -16,6 +16,7 @@ PyTree = Any
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ROUNDINGS = ("nearest", "stochastic")
+HALVES = (jnp.bfloat16, jnp.uint16)  # bfloat16 as it is, and as bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +69,20 @@ class Storage:
         return tree if self.exact else jax.tree.map(cast, tree)
 
     def load(self, tree: PyTree) -> PyTree:
-        """Returns a stored state in float32."""
-        return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+        """Returns a stored state, or its :func:`bits`, in float32."""
+        return jax.tree.map(lambda x: to_float32(x) if x.dtype in HALVES else x, tree)
 
     def keep(self, new: PyTree, old: PyTree, seed: Array, offset: Array | int = 0) -> PyTree:
         """Returns the next state as ``old`` was stored; ``seed`` and ``offset`` as in :meth:`store`."""
         if self.exact:
             return new
         leaves, tree = jax.tree.flatten(old)
-        kept = [
-            self.store(x, mix(seed, i), offset) if y.dtype == jnp.bfloat16 else x
-            for i, (x, y) in enumerate(zip(tree.flatten_up_to(new), leaves, strict=True))
-        ]
+        kept = []
+        for i, (x, y) in enumerate(zip(tree.flatten_up_to(new), leaves, strict=True)):
+            if y.dtype in HALVES:
+                x = self.store(x, mix(seed, i), offset)
+                x = bits(x) if y.dtype == jnp.uint16 else x
+            kept.append(x)
         return tree.unflatten(kept)
 
     def store(self, x: Array, seed: Array, offset: Array | int = 0) -> Array:
@@ -99,6 +102,32 @@ class Storage:
         up = (bits + (_noise(x.shape, seed, offset) & 0xFFFF)) & jnp.uint32(0xFFFF0000)
         rounded = lax.bitcast_convert_type(up, jnp.float32)
         return jnp.where(jnp.isfinite(rounded), rounded, x).astype(jnp.bfloat16)
+
+
+def bits(tree: PyTree) -> PyTree:
+    """Returns bfloat16 arrays as uint16, others as they are: for loops that slice or update them.
+
+    XLA's CPU compiler has no bfloat16 slices: it converts the whole array to float32 for each of them.
+    """
+
+    def cast(x: Array) -> Array:
+        return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+    return jax.tree.map(cast, tree)
+
+
+def from_bits(tree: PyTree, like: PyTree) -> PyTree:
+    """Returns what :func:`bits` was given, of the dtypes of ``like``."""
+    return jax.tree.map(lambda x, y: _bfloat16(x) if y.dtype == jnp.bfloat16 else x, tree, like)
+
+
+def to_float32(x: Array) -> Array:
+    """Returns a floating-point array, or the :func:`bits` of a bfloat16 one, in float32."""
+    return (_bfloat16(x) if x.dtype == jnp.uint16 else x).astype(jnp.float32)
+
+
+def _bfloat16(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def mix(seed: Array, number: Array | int) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,13 +29,13 @@ READINGS = ("networks", "last_two")
 SMALL_KERNEL = 7  # spatial axes of a convolution whose name does not say so
 
 
-def tensor_paths(tree: PyTree) -> list[tuple[str, Array]]:
+def tensor_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, Array]]:
     """Returns (path, leaf) pairs in flatten order; keys are joined by ``/``.
 
     A trailing ``value`` is dropped: nnx puts it there at init and not at update.
     """
     pairs = []
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]:
         if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
             keys = keys[:-1]
         pairs.append((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf))
@@ -51,8 +51,52 @@ def check_like(tree: PyTree, like: PyTree, what: str) -> None:
     for path, leaf in have.items():
         if path not in want:
             raise UserError(f"the {what} tree has {path!r}, which is not expected")
-        if leaf.shape != want[path].shape:
-            raise UserError(f"{what} {path!r} has shape {leaf.shape}, expected {want[path].shape}")
+        if np.shape(leaf) != want[path].shape:
+            raise UserError(f"{what} {path!r} has shape {np.shape(leaf)}, expected {want[path].shape}")
+
+
+def check_arrays(tree: PyTree, what: str) -> None:
+    """Raises a :class:`UserError` that names the first leaf that is no floating-point array."""
+    for path, leaf in tensor_paths(tree):
+        if not hasattr(leaf, "dtype"):
+            raise UserError(f"{what} {path!r} is a {type(leaf).__name__}, not an array")
+        if not jax.dtypes.issubdtype(leaf.dtype, np.floating):
+            raise UserError(f"{what} {path!r} has dtype {leaf.dtype}: floating-point {what}s only")
+
+
+def spread(
+    tree: PyTree, params: PyTree, what: str, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
+    """Returns a value for the path of every parameter, from a tree like the parameters or a prefix of it.
+
+    Args:
+      tree: values; one above several parameters is for all of them.
+      params: the parameters; parts that optax has masked out have no leaves and may have values.
+      what: the tree's name in messages.
+      is_leaf: what else counts as a value.
+
+    Raises:
+      UserError: a parameter without a value, or a value without a place; it is named.
+
+    Example:
+      >>> spread({"a": True, "b": False}, {"a": {"w": np.ones(2), "b": np.ones(2)}, "b": np.ones(1)}, "mask")
+      {'a/b': True, 'a/w': True, 'b': False}
+    """
+    given, used, out = dict(tensor_paths(tree, is_leaf)), set(), {}
+    # Nodes without leaves, such as None and optax's MaskedNode, are places too.
+    for path, leaf in tensor_paths(params, lambda x: not jax.tree.leaves(x)):
+        keys = path.split("/")
+        above = ("/".join(keys[:n]) for n in range(len(keys), -1, -1))
+        found = next((p for p in above if p in given), None)
+        used.add(found)
+        if jax.tree.leaves(leaf):
+            if found is None:
+                raise UserError(f"the {what} does not fit the parameters: it has nothing for {path!r}")
+            out[path] = given[found]
+    for path in given:
+        if path not in used:
+            raise UserError(f"the {what} does not fit the parameters: {path!r} is none of them")
+    return out
 
 
 def check_patterns(what: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
@@ -91,7 +135,8 @@ class Tensors:
       axes: ``"networks"`` recognises the kernels of nnx and linen: a dense kernel, one with several input
         or output axes (attention heads: told by the shape of its bias, or by its name and its siblings), a
         convolution (rows are kernel positions and inputs), an embedding, and stacks of those along a leading
-        axis, which is a batch; a bias or scale is one vector. Factored axes are then the matrix's.
+        axis, which is a batch (of a convolution without a bias: told by the normalization beside it); a bias
+        or scale is one vector. Factored axes are then the matrix's.
         ``"last_two"`` is the published reading: the last two axes are the matrix, the factored axes are the
         two largest, whatever they mean.
       matrix: (pattern, rows, columns): for tensors whose path the regular expression is found in, the axis
@@ -171,9 +216,11 @@ def recognise(path: str, shapes: Shapes) -> tuple[Axes, Axes]:
         if (heads := _heads(parents, name, shapes)) is not None:
             inner = every if rank == 3 else stacked
             return inner[:heads], inner[heads:]
-        spatial = rank >= 4 and max(shape[:-2]) <= SMALL_KERNEL and shape[-1] > SMALL_KERNEL
+        lead = 1 if _in_stack(parents, shape, shapes) else 0
+        own = shape[lead:]
+        spatial = len(own) >= 4 and max(own[:-2]) <= SMALL_KERNEL and own[-1] > SMALL_KERNEL
         if re.search("conv", path, re.IGNORECASE) or (spatial and name in ("kernel", "w", "weight")):
-            return every[:-1], every[-1:]
+            return every[lead:-1], every[-1:]
     return every[-2:-1], every[-1:]
 
 
@@ -206,6 +253,19 @@ def _heads(parents: Sequence[str], name: str, shapes: Shapes) -> int | None:
     if query[-2:] != out[-3:-1]:
         return None
     return 2 if parents[-1] == "out" else 1
+
+
+def _in_stack(parents: Sequence[str], shape: tuple[int, ...], shapes: Shapes) -> bool:
+    """Tells whether the first axis is a stack's: the nearest normalization scales have it too.
+
+    A convolution without a bias does not say how many spatial axes it has.
+    """
+    for depth in range(len(parents), -1, -1):
+        folder = "/".join((*parents[:depth], ""))
+        scales = [s for p, s in shapes.items() if p.startswith(folder) and p.split("/")[-1] == "scale"]
+        if scales:
+            return all(len(s) == 2 and s[0] == shape[0] for s in scales)
+    return False
 
 
 def _checked(path: str, shape: tuple[int, ...], rows: Any, columns: Any) -> tuple[Axes, Axes]:
@@ -271,26 +331,23 @@ def dimension_numbers(tree: PyTree, params: PyTree) -> tuple[tuple[str, Axes | N
       UserError: the tree does not fit, or a leaf is something else.
     """
     tree = tree(params) if callable(tree) else tree
-
-    def is_leaf(x: Any) -> bool:
-        return x is None or hasattr(x, "reduction_axis")
-
-    try:
-        whole = jax.tree.broadcast(tree, params, is_leaf=is_leaf)
-    except ValueError as error:
-        raise UserError(f"the dimension numbers do not fit the parameters: {error}".split("\n")[0]) from None
-    leaves = jax.tree.leaves(whole, is_leaf=is_leaf)
-    rows = []
-    for (path, param), leaf in zip(tensor_paths(params), leaves, strict=True):
+    numbers = spread(tree, params, "tree of dimension numbers", lambda x: x is None or _is_numbers(x))
+    rows: list[tuple[str, Axes | None, Axes | None]] = []
+    for path, param in tensor_paths(params):
+        leaf = numbers[path]
         if leaf is None:
             rows.append((path, None, None))
-            continue
-        if not hasattr(leaf, "reduction_axis"):
+        elif _is_numbers(leaf):
+            rows.append((path, *_checked(path, param.shape, leaf.reduction_axis, leaf.output_axis)))
+        else:
             raise UserError(
                 f"dimension numbers of {path!r}: {leaf!r} is neither MuonDimensionNumbers nor None"
             )
-        rows.append((path, *_checked(path, param.shape, leaf.reduction_axis, leaf.output_axis)))
     return tuple(rows)
+
+
+def _is_numbers(x: Any) -> bool:
+    return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
 
 def layout(spec: TensorSpec) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from celo_nnx.errors import UserError, require
@@ -39,7 +40,8 @@ def as_optax(
       mask: booleans like the parameters, or a function of them: which tensors are decayed.
       dimensions: ``optax.contrib.MuonDimensionNumbers`` or None for each tensor, as
         ``optax.contrib.muon`` takes them, or a function of the parameters: which axes are the matrix;
-        None sends a tensor to the hand-made route. By default the config's ``tensors`` decide.
+        None sends a tensor to the hand-made route, and where there is none leaves it to the config's
+        ``tensors``, which decide by default.
       diagnostics: keep per-tensor figures of the last update in the state; see :func:`diagnostics`.
 
     Returns:
@@ -58,15 +60,9 @@ def as_optax(
       >>> optax.apply_updates(params, updates)["w"].shape
       (4, 4)
     """
-    if num_steps is None and optimizer.needs_num_steps:
-        raise UserError("num_steps is required: a part of this optimizer uses the length of the run")
-    if not isinstance(num_steps, jax.Array):
-        whole = type(num_steps) is int and num_steps >= 1
-        require(num_steps is None or whole, "num_steps", num_steps, "an integer of at least 1")
-    for name, number in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        fixed = isinstance(number, (int, float, str))
-        good = not fixed or (not isinstance(number, str) and number >= 0)
-        require(good, name, number, "a number of at least 0")
+    _check_steps(optimizer, num_steps)
+    _check_number("learning_rate", None if callable(learning_rate) else learning_rate)
+    _check_number("weight_decay", weight_decay)
 
     def looking(params: PyTree) -> Any:
         if dimensions is None:
@@ -76,7 +72,10 @@ def as_optax(
 
     def init(params: PyTree) -> PyTree:
         state = looking(params).init(params, 0 if num_steps is None else num_steps)
-        return state | {"diagnostics": _diagnostics(params, params, params, None)} if diagnostics else state
+        if not diagnostics:
+            return state
+        figures = jax.eval_shape(lambda: _diagnostics(params, params, params, None))
+        return state | {"diagnostics": jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), figures)}
 
     def update(
         grads: PyTree, state: PyTree, params: PyTree | None = None, *, value: Any = None, **_: Any
@@ -85,14 +84,12 @@ def as_optax(
             raise UserError("update needs params: tx.update(grads, state, params)")
         if value is None and optimizer.needs_value:
             raise UserError("update needs value: tx.update(grads, state, params, value=loss)")
-        if diagnostics:
-            require("diagnostics" in state, "state", sorted(state), "one that was made with diagnostics")
         updates, new = looking(params).update(
             grads,
-            {name: entry for name, entry in state.items() if name != "diagnostics"},
+            _without_diagnostics(state) if diagnostics else state,
             params,
             value=0.0 if value is None else value,
-            learning_rate=learning_rate(state["count"]) if callable(learning_rate) else learning_rate,
+            learning_rate=learning_rate,
             weight_decay=weight_decay,
             decay_mask=mask(params) if callable(mask) else mask,
         )
@@ -103,36 +100,64 @@ def as_optax(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _check_steps(optimizer: Any, num_steps: Any) -> None:
+    if num_steps is None and optimizer.needs_num_steps:
+        raise UserError("num_steps is required: a part of this optimizer uses the length of the run")
+    if not isinstance(num_steps, jax.Array):
+        whole = type(num_steps) is int and num_steps >= 1
+        require(num_steps is None or whole, "num_steps", num_steps, "an integer of at least 1")
+
+
+def _check_number(name: str, number: Any) -> None:
+    """Refuses what is no scalar, and a negative one where that can be seen."""
+    good = number is None or (hasattr(number, "dtype") and number.shape == ())
+    if isinstance(number, (int, float, np.generic)):
+        good = number >= 0
+    require(good, name, number, "a number of at least 0")
+
+
+def _without_diagnostics(state: PyTree) -> PyTree:
+    kept = isinstance(state, Mapping) and "diagnostics" in state
+    require(kept, "state", type(state).__name__, "one that init with diagnostics made")
+    return {name: entry for name, entry in state.items() if name != "diagnostics"}
+
+
 def diagnostics(state: PyTree) -> dict[str, dict[str, Array]]:
     """Returns the figures of the last update that ``as_optax(diagnostics=True)`` keeps.
 
     Args:
-      state: the optimizer's, or one of optax wrappers around it.
+      state: the optimizer's, or one of optax wrappers around it or around several.
 
     Returns:
       ``{path: {"update_rms", "param_rms", "clipped"}}``, scalars: root mean squares of the update (learning
       rate and decay included) and of the parameter before it, and the share of the gradient's elements beyond
-      the rule's clipping limit.
+      the limit that learned tensors' gradients are clipped to (a hand-made route does not clip its own). All
+      are 0 before the first update.
 
     Raises:
       UserError: there are none.
     """
-    found = optax.tree.get(state, "diagnostics")
-    if found is None:
+    kept = optax.tree.get_all_with_path(state, "diagnostics")
+    found = [figures for _, figures in kept if isinstance(figures, Mapping)]
+    if not found:
         raise UserError("this optimizer state has no diagnostics: make it with diagnostics=True")
-    return found
+    return {path: figures for of_one in found for path, figures in of_one.items()}
 
 
 def _diagnostics(
     grads: PyTree, params: PyTree, updates: PyTree, limit: Array | float | None
 ) -> dict[str, dict[str, Array]]:
+    limit = jnp.inf if limit is None else limit
+
+    def mean(x: Array) -> Array:
+        return jnp.sum(x.astype(jnp.float32)) / max(1, x.size)  # a tensor without elements has 0
+
     def rms(x: Array) -> Array:
-        return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+        return jnp.sqrt(mean(jnp.square(x.astype(jnp.float32))))
 
     grad_of, update_of = dict(tensor_paths(grads)), dict(tensor_paths(updates))
     out = {}
     for path, param in tensor_paths(params):
-        limit = jnp.inf if limit is None else limit
-        clipped = jnp.mean((jnp.abs(grad_of[path]) > limit).astype(jnp.float32))
+        clipped = mean(jnp.abs(grad_of[path]) > limit)
         out[path] = {"update_rms": rms(update_of[path]), "param_rms": rms(param), "clipped": clipped}
     return out

@@ -24,7 +24,7 @@ ALLOWED = {
     "precision": LEAVES,
     "tensors": LEAVES,
     "kernel": LEAVES | {"precision"},
-    "groups": LEAVES | {"kernel"},
+    "groups": LEAVES | {"kernel", "precision"},
     "transform": LEAVES | {"tensors"},
     "optimizer": KERNEL | {"groups", "transform"},
     "drop_in": LEAVES | {"config", "optimizer"},
