@@ -141,12 +141,7 @@ class UpdateRule(Part):
     feedback: int = 0
 
     def prepare(
-        self,
-        groups: tuple[str, ...],
-        scale: Array,
-        context: dict[str, Array],
-        controls: Controls,
-        count: Array,
+        self, groups: tuple[str, ...], scale: Array, context: dict[str, Array], controls: Controls
     ) -> dict[str, Array]:
         """Returns what the whole tensor shares, computed once.
 
@@ -155,7 +150,6 @@ class UpdateRule(Part):
           scale: the normalization's factor of each plane, ``[planes, *b]``, ``b`` broadcasting to the tensor.
           context: numbers by context group.
           controls: of this tensor.
-          count: updates done before this one.
 
         Returns:
           Arrays by name; those that vary over the tensor are ``[a, b, *shape with 1s]``.

@@ -326,7 +326,7 @@ class TensorKernel:
             view = dataclasses.replace(view, tensor=tensor())
         context = {name: feature.values(view) for name, feature in self.context.items()}
         scale = self.normalization.scale(squares)
-        return self.update_rule.prepare(groups, scale, context, controls, self.run.count)
+        return self.update_rule.prepare(groups, scale, context, controls)
 
     def _fenced_rule(
         self, spec: TensorSpec, view: Any, prepared: PyTree, shape: tuple[int, ...], factor: Array | None

@@ -329,6 +329,9 @@ class LearnedOptimizer(nnx.Module):
                 rates[spec.path] = factor if rate is None else factor * rate
         if self.update_rule.feedback and feedback:
             new["schedule"] = self.schedule.feed(new["schedule"], jnp.concatenate(feedback))
+        # A rate that is one for all learned tensors is the run's, so hand-made routes follow it too.
+        rate = kernel.controls.rate
+        everywhere = 1.0 if rate is None or rate.shape[0] > 1 or self._looks else rate[0]
         for index, name in enumerate(state["routes"]):
             gs, ps = ({p: pairs[p][i] for p, _ in leaves if table[p] == name} for i in (0, 1))
             gs, old = {path: g.astype(jnp.float32) for path, g in gs.items()}, state["routes"][name]
@@ -336,7 +339,7 @@ class LearnedOptimizer(nnx.Module):
             seed = mix(kernel.seed, len(rates) + index)
             new["routes"][name] = self.settings.state.keep(after, old, seed)
             steps.update(made)
-            rates |= {path: self.routes[name].multiplier for path in made}
+            rates |= {path: self.routes[name].multiplier * everywhere for path in made}
         updates = []
         for path, param in leaves:
             rate, step = lr * rates.get(path, 1.0), steps[path]

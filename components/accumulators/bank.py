@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from celo_nnx.errors import require
-from celo_nnx.interfaces import Accumulator, MetaParam
+from celo_nnx.interfaces import Accumulator, MetaParam, TensorSpec
 
 Array = jax.Array
 
@@ -26,7 +26,11 @@ class Bank(Accumulator):
     limited = True  # whether learned decays are kept in [0, 1]
 
     def __init__(
-        self, *, decays: tuple[float, ...], learned: bool = False, bias_correction: bool = False
+        self,
+        *,
+        decays: tuple[float, ...] = (0.9, 0.99, 0.999),
+        learned: bool = False,
+        bias_correction: bool = False,
     ) -> None:
         decays = tuple(float(d) for d in decays)
         legal = "a tuple of at least one number in [0, 1)"
@@ -61,3 +65,18 @@ class Bank(Accumulator):
             return average
         fix = 1 - self.rates() ** (count + 1).astype(jnp.float32)
         return average / fix.reshape((-1,) + (1,) * (average.ndim - 1))
+
+
+class PlaneBank(Bank):
+    """A bank of averages as large as the tensor: state and reading are ``[k, *S]``."""
+
+    elementwise = True
+
+    def init(self, spec: TensorSpec) -> Array:
+        return jnp.zeros((self.size, *spec.shape), jnp.float32)
+
+    def update(self, state: Array, measured: Array, spec: TensorSpec, decay: Array | None = None) -> Array:
+        return self.mix(state, measured, decay)
+
+    def read(self, state: Array, spec: TensorSpec, count: Array) -> Array:
+        return self.corrected(state, count)

@@ -57,15 +57,6 @@ class Factored(Bank):
       1
     """
 
-    def __init__(
-        self,
-        *,
-        decays: tuple[float, ...] = (0.9, 0.99, 0.999),
-        learned: bool = False,
-        bias_correction: bool = False,
-    ) -> None:
-        super().__init__(decays=decays, learned=learned, bias_correction=bias_correction)
-
     def _shape(self, spec: TensorSpec, reduced: int) -> tuple[int, ...]:
         return (self.size, *(1 if a == reduced else s for a, s in enumerate(spec.shape)))
 

@@ -41,6 +41,8 @@ class Recurrent(Schedule):
       key: draws the start.
     """
 
+    accumulators = "new"
+
     def __init__(self, inputs: int, hidden: int, key: Array) -> None:
         require(type(hidden) is int and hidden >= 1, "hidden", hidden, "an integer of at least 1")
         require(inputs >= 1, "optimizer.rows", inputs, "at least one feature for a learned schedule")

@@ -31,10 +31,8 @@ class FeedbackLstm(Recurrent):
       own: numbers that an update rule gives back; its ``feedback``.
 
     Raises:
-      UserError: a value out of range.
+      UserError: a size below 1, or a learning rate below 0.
     """
-
-    accumulators = "new"
 
     def __init__(
         self,

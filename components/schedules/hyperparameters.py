@@ -34,10 +34,8 @@ class AdamHyperparameters(Recurrent):
       learning_rate, b1, b2, eps: where theta starts.
 
     Raises:
-      UserError: a value out of range.
+      UserError: a hyperparameter or scale out of its range.
     """
-
-    accumulators = "new"
 
     def __init__(
         self,

@@ -46,6 +46,8 @@ class LstmSchedule(Recurrent):
       UserError: a value out of range.
     """
 
+    accumulators = "old"
+
     def __init__(
         self,
         *,

@@ -47,12 +47,7 @@ class AdamRule(UpdateRule):
         self.eps, self.floor, self.scale_by_eps = float(eps), float(floor), bool(scale_by_eps)
 
     def prepare(
-        self,
-        groups: tuple[str, ...],
-        scale: Array,
-        context: dict[str, Array],
-        controls: Controls,
-        count: Array,
+        self, groups: tuple[str, ...], scale: Array, context: dict[str, Array], controls: Controls
     ) -> dict[str, Array]:
         return {"eps": jnp.float32(self.eps) if controls.eps is None else controls.eps}
 

@@ -90,12 +90,7 @@ class SplitMLP(UpdateRule):
         return max(self.hidden) > UNROLLED
 
     def prepare(
-        self,
-        groups: tuple[str, ...],
-        scale: Array,
-        context: dict[str, Array],
-        controls: Controls,
-        count: Array,
+        self, groups: tuple[str, ...], scale: Array, context: dict[str, Array], controls: Controls
     ) -> dict[str, Array]:
         mixed = self._mixed(controls)
         first = jnp.concatenate([mixed(self.w0[g]) for g in groups])
