@@ -40,6 +40,9 @@ def frobenius_norm(x: Array) -> Array:
       5e+30
     """
     square = jnp.sum(x * x, (-2, -1), keepdims=True)
-    small = x * SHRINK
+    large = jnp.isinf(square)
+    # Ones where squares do not overflow: those of shrunk numbers vanish there, and the root's derivative at 0
+    # would make the whole gradient NaN.
+    small = jnp.where(large, x * SHRINK, 1.0)
     norm = jnp.sqrt(jnp.sum(small * small, (-2, -1), keepdims=True)) / SHRINK
-    return jnp.where(jnp.isinf(square), norm, jnp.sqrt(square))
+    return jnp.where(large, norm, jnp.sqrt(square))

@@ -89,6 +89,18 @@ def test_default_is_the_plain_twin() -> None:
         np.testing.assert_array_equal(apply("newton_schulz", x), apply("newton_schulz", x, coefficients=name))
 
 
+def test_newton_schulz_has_the_derivative_of_the_polynomial() -> None:
+    rng = np.random.default_rng(0)
+    x, along, weights = matrix((6, 9)), rng.normal(size=(6, 9)), rng.normal(size=(6, 9))
+    part, spec = ORTHOGONALIZATIONS["newton_schulz"](steps=3), TensorSpec("w", (6, 9), (0, 1), None)
+    iterate = scalar_iteration(((3.4445, -4.7750, 2.0315),), 3)
+    after, before = (np.sum(weights * on_singular_values(iterate, x + h * along)) for h in (1e-5, -1e-5))
+    for size in (1.0, 1e-3):
+        gradient = jax.grad(lambda x: jnp.sum(part(x, spec) * weights))(jnp.float32(size) * x)
+        got = np.sum(np.asarray(gradient, np.float64) * along * size)
+        np.testing.assert_allclose(got, (after - before) / 2e-5, rtol=1e-3)
+
+
 def best_quintics(low: float, steps: int, cushion: float) -> list[np.ndarray]:
     """Remez: the odd quintic that is nearest to 1 on [low, high], again and again on what it leaves."""
     high, rows = 1.0, []
