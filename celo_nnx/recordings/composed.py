@@ -101,7 +101,7 @@ def _scheduled(spec: Spec, config: Config) -> None:
         config["tracker"]["horizon"] = 10
     if spec["with_validation_feature_dim"]:
         value = float(spec["validation_mode"])
-        config["rows"]["validation"] = {"kind": "constant", "value": value}  # the last by name
+        config["rows"]["with_validation"] = {"kind": "constant", "value": value}  # the last by name
     _banks(spec, config)
 
 

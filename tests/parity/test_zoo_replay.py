@@ -176,6 +176,19 @@ def test_made_here(tmp_path: Path, kind: str):
     assert not replay(path, twin=True)["ok"], name
 
 
+@pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "celo_adam.Celo"])
+def test_made_here_by_the_composed_optimizer(tmp_path: Path, kind: str):
+    """Square and size-1 axes, a scalar, and options that no recorded file has."""
+    row = replay(record(tmp_path, f"published.{kind}", MADE[kind], LEAVES))
+    assert row["ok"] and row["max_rel_error"] < 1e-6, row
+
+
+def test_several_decays_of_celo_adam_have_no_part(tmp_path: Path):
+    path = record(tmp_path, "published.celo_adam.Celo", MADE["celo_adam.Celo"], LEAVES)
+    with pytest.raises(UserError, match="corrected by the first"):
+        replay(path)
+
+
 @pytest.mark.parametrize("kind", MADE)
 def test_theta_must_fit_the_constructor(tmp_path: Path, kind: str):
     size = {"AdafacMLPLOpt": "hidden_layers"}.get(kind, "lstm_hidden_size")
