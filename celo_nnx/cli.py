@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     from celo_nnx.replay import main as replay
 
-    return replay(args.files, args.tolerance, twin=args.twin)
+    return replay(args.files, args.tolerance, twin=args.twin, changes=args.changes)
 
 
 def _bench_meta(args: argparse.Namespace) -> int:
@@ -168,10 +168,13 @@ def _parser() -> argparse.ArgumentParser:
         "replay recorded trajectories; one JSON line a file, exit code 1 if one is not within tolerance",
         "replay golden/*.npz",
         "replay golden/celo2_wd0.npz --tolerance 1e-6",
+        "replay --set tile=2 --set kernel=pallas golden/celo2_wd0.npz",
     )
     sub.add_argument("files", nargs="+", metavar="FILE", help="a recorded .npz or .json")
     sub.add_argument("--tolerance", type=float, metavar="X", help="besides each file's own")
     sub.add_argument("--twin", action="store_true", help="replay with the plain second implementation")
+    text = "a change to the composed optimizer's config that should change nothing; may be given again"
+    sub.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help=text)
 
     sub = command(
         "import",

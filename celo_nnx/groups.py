@@ -6,6 +6,7 @@ them. The stacked state and steps are updated in place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax import lax
 
 from celo_nnx.interfaces import TensorSpec
 from celo_nnx.kernel import TensorKernel, tile_rows
+from celo_nnx.pallas_kernel import PallasKernel
 
 Array = jax.Array
 PyTree = Any
@@ -39,29 +41,31 @@ def update_group(
       pairs: their gradients and parameters.
       state: as :func:`stacked` made it.
       number: of the first tensor among the learned ones.
-      tile: elements at most in a tile of a large tensor; 0 decides by the device.
+      tile: elements at most in a tile of a large tensor, or in a Pallas block; 0 decides by the device.
 
     Returns:
       (steps in the tensors' own shapes, next state, the update rule's feedback ``[tensors, k]``).
     """
     limit = tile or (CPU_TILE if jax.default_backend() == "cpu" else 0)
     rows = tile_rows(spec.shape, limit) if kernel.step.tiled else 0
+    update, enter = kernel.whole, lambda x: spec.enter(x).astype(jnp.float32)
+    if isinstance(kernel, PallasKernel) and kernel.serves(spec):
+        update, enter, rows = functools.partial(kernel.blocks, limit=tile), spec.enter, 0
     if len(pairs) == 1:
         if rows:
             state = jax.tree.map(lambda x: x[None], state)
             steps, state, feedback = _in_tiles(kernel, spec, pairs, state, number, rows)
             return steps, jax.tree.map(lambda x: x[0], state), feedback
-        grad, param = (spec.enter(x).astype(jnp.float32) for x in pairs[0])
-        step, state, feedback = kernel.whole(spec, grad, param, state, number)
+        step, state, feedback = update(spec, *(enter(x) for x in pairs[0]), state, number)
         return [spec.leave(step)], state, feedback[None]
     if rows:
         return _in_tiles(kernel, spec, pairs, state, number, rows)
 
     def body(carry: tuple[PyTree, Array], i: Array) -> tuple[tuple[PyTree, Array], Array]:
         state, steps = carry
-        grad, param = _switch(i, pairs, lambda x: spec.enter(x).astype(jnp.float32))
+        grad, param = _switch(i, pairs, enter)
         own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
-        step, new, feedback = kernel.whole(spec, grad, param, own, number + i)
+        step, new, feedback = update(spec, grad, param, own, number + i)
         put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
         return (jax.tree.map(put, state, new), put(steps, step)), feedback
 

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ SUGGESTED = 2e-6  # absolute, on parameters of size 1: what two compilations of 
 Errors = list[tuple[float, float, float]]  # (absolute, relative, bound) of every compared array
 
 
-def replay(path: str | Path, *, twin: bool = False) -> dict[str, Any]:
+def replay(path: str | Path, *, twin: bool = False, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Replays one recording.
 
     Args:
       path: NAME.json, NAME.npz or NAME.
       twin: replay with the plain twins of :mod:`celo_nnx.naive_zoo` and plain formulas.
+      changes: ``key=value`` overrides of the composed optimizer's config, such as ``"tile=2"``: the recorded
+        trajectory must not change.
 
     Returns:
       ``file``, ``kind``, ``optimizer`` and ``steps`` (None where there are none), ``max_abs_error`` over all
@@ -48,6 +50,8 @@ def replay(path: str | Path, *, twin: bool = False) -> dict[str, Any]:
 
     Source: OPTIMIZERS sections 14.2 and 14.3 on tolerances.
     """
+    if twin and changes:
+        raise UserError("a config is changed of the composed optimizer only, not of the twin")
     recording = recordings.read(path)
     kind = recording.meta["kind"]
     row: dict[str, Any] = {"file": str(path), "kind": kind, "optimizer": None, "steps": None}
@@ -61,20 +65,27 @@ def replay(path: str | Path, *, twin: bool = False) -> dict[str, Any]:
             return row | {"max_abs_error": None, "max_rel_error": None, "ok": False, "reason": reason}
     elif kind == "pes_estimate":
         row["steps"] = len(recording.array("pos_loss"))
-    errors = _KINDS[kind](recording, twin)
+    errors = _KINDS[kind](recording, twin, **({"changes": tuple(changes)} if row["optimizer"] else {}))
     absolute, relative = (max(error[i] for error in errors) for i in (0, 1))
     row["max_abs_error"] = absolute if math.isfinite(absolute) else None
     row["max_rel_error"] = relative if math.isfinite(relative) else None
     return row | {"ok": all(error <= bound for error, _, bound in errors)}
 
 
-def main(files: Iterable[str | Path], tolerance: float | None = None, *, twin: bool = False) -> int:
+def main(
+    files: Iterable[str | Path],
+    tolerance: float | None = None,
+    *,
+    twin: bool = False,
+    changes: Sequence[str] = (),
+) -> int:
     """Replays files and prints one JSON line each.
 
     Args:
       files: recordings; see :func:`replay`.
       tolerance: a bound on ``max_abs_error`` besides each file's own.
       twin: replay with the plain second implementation.
+      changes: as in :func:`replay`.
 
     Returns:
       0, or 1 if a file is not ok or over the tolerance.
@@ -87,7 +98,7 @@ def main(files: Iterable[str | Path], tolerance: float | None = None, *, twin: b
     bad, unreadable = 0, []
     for file in files:
         try:
-            row = replay(file, twin=twin)
+            row = replay(file, twin=twin, changes=changes)
         except UserError as error:
             unreadable.append(str(error))
             continue
@@ -119,14 +130,14 @@ def _error(got: Any, want: np.ndarray, bound: float) -> tuple[float, float, floa
 
 
 @functools.lru_cache(maxsize=32)
-def _optimizer(spec: Spec, twin: bool) -> Optimizer:
-    return twin_optimizer(spec) if twin else composed_optimizer(spec)
+def _optimizer(spec: Spec, twin: bool, changes: tuple[str, ...]) -> Optimizer:
+    return twin_optimizer(spec) if twin else composed_optimizer(spec, changes)
 
 
 @functools.lru_cache(maxsize=32)
-def _trajectory(spec: Spec, twin: bool) -> Callable[..., PyTree]:
+def _trajectory(spec: Spec, twin: bool, changes: tuple[str, ...]) -> Callable[..., PyTree]:
     """Returns the compiled ``(theta, params, grads, losses) -> params after each update``."""
-    optimizer = _optimizer(spec, twin)
+    optimizer = _optimizer(spec, twin, changes)
 
     def run(theta: PyTree, params: PyTree, grads: PyTree, losses: Array) -> PyTree:
         rule = optimizer.with_theta(theta)
@@ -142,7 +153,7 @@ def _trajectory(spec: Spec, twin: bool) -> Callable[..., PyTree]:
     return jax.jit(run)
 
 
-def _optimizer_trajectory(recording: Recording, twin: bool) -> Errors:
+def _optimizer_trajectory(recording: Recording, twin: bool, changes: tuple[str, ...]) -> Errors:
     """Feeds the recorded gradients; compares the parameters after every update."""
     steps = recording.meta["n_updates"]
     recorded = recording.under("params/")
@@ -156,12 +167,12 @@ def _optimizer_trajectory(recording: Recording, twin: bool) -> Errors:
     spec = recordings.spec(recording, [(key, x.shape[1:]) for key, x in recorded.items()])
     theta = recordings.theta(recording, spec)
     params = {key: x[0] for key, x in recorded.items()}
-    got = _trajectory(spec, twin)(theta, params, grads, losses)
+    got = _trajectory(spec, twin, changes)(theta, params, grads, losses)
     bound = recording.tolerance("params_abs", SUGGESTED)
     return [_error(got[key], x[1:], bound) for key, x in recorded.items()]
 
 
-def _inner_unroll(recording: Recording, twin: bool) -> Errors:
+def _inner_unroll(recording: Recording, twin: bool, changes: tuple[str, ...]) -> Errors:
     """Trains the recorded MLP at every scale; compares losses and final parameters.
 
     The optimizer is told the recorded losses: Celo's loss features turn the last bit of a loss into the
@@ -183,7 +194,7 @@ def _inner_unroll(recording: Recording, twin: bool) -> Errors:
     require(bool(in_range), f"{recording.file}: labels", "out of range", f"from 0 to {widths[-1] - 1}")
     spec = recordings.spec(recording, [(k.replace("|", "/"), x.shape) for k, x in start.items()])
     theta = recordings.theta(recording, spec)
-    run = _inner(spec, twin, widths)
+    run = _inner(spec, twin, changes, widths)
     errors: Errors = []
     bounds = recording.field("tolerance", dict, {}).get("params_abs", {})
     for scale in recording.field("scales", list):
@@ -218,9 +229,11 @@ def _widths(recording: Recording, start: dict[str, np.ndarray], features: int) -
 
 
 @functools.lru_cache(maxsize=8)
-def _inner(spec: Spec, twin: bool, widths: tuple[int, ...]) -> Callable[..., tuple[Array, PyTree]]:
+def _inner(
+    spec: Spec, twin: bool, changes: tuple[str, ...], widths: tuple[int, ...]
+) -> Callable[..., tuple[Array, PyTree]]:
     """Returns the compiled ``(theta, params, scale, images, labels, told) -> (losses, final params)``."""
-    optimizer = _optimizer(spec, twin)
+    optimizer = _optimizer(spec, twin, changes)
     loss_of = _plain_loss(widths) if twin else _task_loss(widths)
 
     def run(
@@ -364,7 +377,7 @@ def _plain_resize(images: np.ndarray, size: int, grey: bool) -> np.ndarray:
     return out.mean(axis=-1, keepdims=True) if grey else out
 
 
-_KINDS: dict[str, Callable[[Recording, bool], Errors]] = {
+_KINDS: dict[str, Callable[..., Errors]] = {
     "optimizer_trajectory": _optimizer_trajectory,
     "inner_unroll": _inner_unroll,
     "pes_estimate": _pes_estimate,

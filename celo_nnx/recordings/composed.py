@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Optimizer
 from celo_nnx.recordings.spec import Spec
@@ -18,25 +20,28 @@ _BANKS = {
 }
 
 
-def composed_optimizer(spec: Spec) -> Optimizer:
+def composed_optimizer(spec: Spec, changes: tuple[str, ...] = ()) -> Optimizer:
     """Returns the recorded optimizer composed of this project's parts, with a random theta.
 
     Args:
       spec: of a layout in :data:`COMPOSERS`.
+      changes: ``key=value`` overrides of its config, such as ``"tile=2"``.
 
     Raises:
-      UserError: a recorded option that no part has.
+      UserError: a recorded option that no part has, or an unknown key.
     """
     # Here, since the twin needs neither: a recording can be replayed with it alone.
     from celo_nnx.build import build
     from celo_nnx.config import load
 
     preset, change = COMPOSERS[spec.published.layout]
-    config = load(preset).optimizer.to_dict()
+    whole = ConfigDict(load(preset).to_dict())
+    config = whole.optimizer.to_dict()
     change(spec, config)
     factored = tuple((path, *axes) for path, _, axes in spec.leaves if axes is not None)
     config["tensors"] = {"axes": "last_two", "matrix": (), "factored": factored}
-    return build(config)
+    whole.optimizer = ConfigDict(config)
+    return build(load(whole, [f"optimizer.{text}" for text in changes]).optimizer)
 
 
 def _refuse(spec: Spec, *names: str) -> None:
