@@ -68,7 +68,7 @@ GROUPS = {
     "rows": "tensor_features",
     "routes": "route_rules",
 }
-SCALARS = ("weight_decay", "tile")
+SCALARS = ("weight_decay", "tile", "kernel")
 # What a config may leave out: most optimizers have none of it.
 OPTIONAL: dict[str, Any] = {
     "clip": {"kind": "elementwise"},
@@ -77,6 +77,7 @@ OPTIONAL: dict[str, Any] = {
     "tracker": {"kind": "none"},
     "rate_scale": {"kind": "one"},
     "tile": 0,
+    "kernel": "xla",
 }
 
 

@@ -6,6 +6,7 @@ them. The stacked state and steps are updated in place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax import lax
 
 from celo_nnx.interfaces import TensorSpec
 from celo_nnx.kernel import TensorKernel, tile_rows
+from celo_nnx.pallas_kernel import PallasKernel
 from celo_nnx.precision import bits, from_bits, to_float32
 
 Array = jax.Array
@@ -46,21 +48,33 @@ def update_group(
       (steps in the tensors' own shapes, next state, the update rule's feedback ``[tensors, k]``).
     """
     limit = tile or (CPU_TILE if jax.default_backend() == "cpu" else 0)
-    rows = tile_rows(spec.shape, limit) if kernel.step.tiled else 0
+    in_blocks = isinstance(kernel, PallasKernel) and kernel.serves(spec)
+    rows = tile_rows(spec.shape, limit) if kernel.step.tiled and not in_blocks else 0
+    update = functools.partial(kernel.blocks, limit=tile) if in_blocks else kernel.whole
     if len(pairs) == 1 and not rows:
-        grad, param = (spec.enter(x).astype(jnp.float32) for x in pairs[0])
-        step, state, feedback = kernel.whole(spec, grad, param, state, number)
+        grad, param = (spec.enter(x) if in_blocks else spec.enter(x).astype(jnp.float32) for x in pairs[0])
+        step, state, feedback = update(spec, grad, param, state, number)
         return [spec.leave(step)], state, feedback[None]
-    loop = _in_tiles if rows else _whole
     one = len(pairs) == 1
     packed = bits(jax.tree.map(lambda x: x[None], state) if one else state)
-    steps, new, feedback = loop(kernel, spec, [bits(pair) for pair in pairs], packed, number, rows)
+    packed_pairs = [bits(pair) for pair in pairs]
+    if rows:
+        steps, new, feedback = _in_tiles(kernel, spec, packed_pairs, packed, number, rows)
+    else:
+
+        def packed_update(
+            grad: Array, param: Array, own: PyTree, number: Array
+        ) -> tuple[Array, PyTree, Array]:
+            step, new, back = update(spec, grad, param, from_bits(own, state), number)
+            return step, bits(new), back
+
+        steps, new, feedback = _whole(packed_update, spec, packed_pairs, packed, number)
     new = jax.tree.map(lambda x: x[0], new) if one else new
     return [spec.leave(step) for step in steps], from_bits(new, state), feedback
 
 
 def _whole(
-    kernel: TensorKernel, spec: TensorSpec, pairs: Pairs, state: PyTree, number: int, _: int
+    update: Callable[..., Any], spec: TensorSpec, pairs: Pairs, state: PyTree, number: int
 ) -> tuple[list[Array], PyTree, Array]:
     """Updates several tensors, each in one piece."""
 
@@ -68,7 +82,7 @@ def _whole(
         state, steps = carry
         grad, param = _switch(i, pairs, lambda x: to_float32(spec.enter(x)))
         own = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), state)
-        step, new, feedback = kernel.whole(spec, grad, param, own, number + i)
+        step, new, feedback = update(grad, param, own, number + i)
         put = lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0)  # noqa: E731
         return (jax.tree.map(put, state, new), put(steps, step)), feedback
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from celo_nnx.errors import UserError, require
+from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.groups import rows_of_group, stacked, update_group
 from celo_nnx.interfaces import (
     Accumulator,
@@ -35,6 +35,7 @@ from celo_nnx.interfaces import (
     UpdateRule,
 )
 from celo_nnx.kernel import TensorKernel
+from celo_nnx.pallas_kernel import PallasKernel
 from celo_nnx.precision import Storage, mix
 from celo_nnx.tensors import Tensors, check_arrays, check_like, check_patterns, layout, spread, tensor_paths
 from celo_nnx.transform import as_optax
@@ -43,6 +44,7 @@ Array = jax.Array
 PyTree = Any
 
 LEARNED = "learned"
+KERNELS = {"xla": TensorKernel, "pallas": PallasKernel}
 STATE_VERSION = 1  # of the optimizer state's tree; see LearnedOptimizer.init
 
 
@@ -55,16 +57,22 @@ class Settings:
       state: how accumulators are kept.
       weight_decay: decoupled, 0 or more.
       tile: elements at most in a tile of a large tensor; 0 decides by the device (CPU 262144, others none).
+        With the Pallas kernel, elements at most in a block.
+      kernel: ``"xla"``, or ``"pallas"``: large tensors by :class:`celo_nnx.pallas_kernel.PallasKernel`
+        (interpreted on a CPU, to check it).
     """
 
     tensors: Tensors = Tensors()
     state: Storage = Storage()
     weight_decay: float = 0.0
     tile: int = 0
+    kernel: str = "xla"
 
     def __post_init__(self) -> None:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
         require(type(self.tile) is int and self.tile >= 0, "tile", self.tile, "an integer of at least 0")
+        if self.kernel not in KERNELS:
+            raise unknown("kernel", self.kernel, KERNELS)
 
 
 class LearnedOptimizer(nnx.Module):
@@ -400,7 +408,7 @@ class LearnedOptimizer(nnx.Module):
 
     def _kernel(self, run: RunView, limit: Array | float | None, controls: Controls) -> TensorKernel:
         single = ("normalization", "update_rule", "step", "orthogonalization", "output_normalization")
-        return TensorKernel(
+        return KERNELS[self.settings.kernel](
             accumulators=self.named("accumulators"),
             features=self.named("features"),
             context=self.named("context"),

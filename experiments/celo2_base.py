@@ -47,6 +47,7 @@ def rule() -> dict[str, Any]:
         state=dict(dtype="float32", rounding="stochastic"),
         weight_decay=0.0,
         tile=0,
+        kernel="xla",
     )
 
 

@@ -1,0 +1,141 @@
+"""The hot kernel's two large passes in Pallas: Triton on a GPU, Mosaic on a TPU, interpreted on a CPU.
+
+Each pass reads a large array once, block by block, and nothing of the size of features x parameters exists:
+the first returns the sums of squares of the big planes, a row for each block; the second evaluates the planes
+again, runs the update rule, and writes the step and the elementwise accumulators. What reduces the gradient,
+the small planes and what comes after the step are the plain kernel's.
+
+Whether it is faster than what XLA makes of the plain path has not been measured: it is off by default.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from celo_nnx.interfaces import TensorSpec, TensorView
+from celo_nnx.kernel import TensorKernel
+from celo_nnx.tiling import SIDES, Tiling, platform
+from celo_nnx.unrolled import UnsupportedError
+
+Array = jax.Array
+PyTree = Any
+
+# Elements at most in a block, and in a tensor that takes the plain path. Not measured.
+BLOCK = {"gpu": 1 << 10, "tpu": 1 << 15, "cpu": 1 << 14}
+SMALL = {"gpu": 1 << 12, "tpu": 1 << 15, "cpu": 0}
+
+
+class PallasKernel(TensorKernel):
+    """A :class:`TensorKernel` whose large passes are Pallas kernels, for tensors that it :meth:`serves`.
+
+    It agrees with the plain kernel up to the order in which float32 sums are added. Where the state is
+    rounded stochastically the noise is another one: it depends on the block as well.
+    """
+
+    def serves(self, spec: TensorSpec) -> bool:
+        """Whether :meth:`blocks` takes a tensor: a large one whose planes are normalized over its matrix."""
+        device, rank = platform(), len(spec.shape)
+        if device not in SMALL or rank < 2 or math.prod(spec.shape) <= SMALL[device]:
+            return False
+        if any(n < least for n, least in zip(spec.shape[-2:], SIDES[device], strict=True)):
+            return False
+        return self.step.tiled and {rank - 2, rank - 1} <= set(self.normalization.axes(spec))
+
+    def blocks(
+        self,
+        spec: TensorSpec,
+        grad: Array,
+        param: Array,
+        state: dict[str, PyTree],
+        number: Array | int,
+        limit: int = 0,
+    ) -> tuple[Array, dict[str, PyTree], Array]:
+        """Updates a tensor block by block; in one piece where a part does more than elementwise arithmetic.
+
+        Args:
+          spec, state, number: as in :meth:`whole`.
+          grad, param: working views ``[*S]``, of any floating dtype.
+          limit: elements at most in a block; 0 decides by the device.
+
+        Returns:
+          As :meth:`whole`.
+        """
+        try:
+            return self._blocks(spec, grad, param, state, number, limit or BLOCK[platform()])
+        except UnsupportedError:
+            return self.whole(spec, grad.astype(jnp.float32), param.astype(jnp.float32), state, number)
+
+    def _blocks(
+        self, spec: TensorSpec, grad: Array, param: Array, state: PyTree, number: Array | int, limit: int
+    ) -> tuple[Array, dict[str, PyTree], Array]:
+        controls, tiling = self.controls.of(number), Tiling.of(spec.shape, limit)
+        full_grad, full_param = self._clip(grad.astype(jnp.float32)), param.astype(jnp.float32)
+        reduced = {
+            n: self._advance(n, state[n], a.measure(full_grad, spec), spec, number, controls)
+            for n, a in self._all()
+            if not a.elementwise
+        }
+        moving = {n: state[n] for n, a in self._all() if a.elementwise}
+        fixed = self.read(spec, reduced)
+
+        def view(first: Array, grad: Array, param: Array, old: PyTree, fixed: PyTree) -> tuple[Any, PyTree]:
+            """Returns what features see of a block, and the accumulators' next state as it is kept."""
+            grad = self._clip(grad.astype(jnp.float32))
+            measured = {n: self.accumulators[n].measure(grad, spec) for n in old}
+            new = {n: self._advance(n, old[n], x, spec, number, controls, first) for n, x in measured.items()}
+            return (param.astype(jnp.float32), grad, self.read(spec, new) | fixed), new
+
+        seen = (grad, param, moving, fixed)
+        groups, squares = self._block_squares(spec, tiling, view, seen)
+        prepared = self._prepare(
+            spec, groups, squares, controls, lambda: TensorView(full_param, jnp.zeros(()), fixed, spec)
+        )
+        factor = self.step.factor(full_param)
+        # What may differ from one matrix of the batch to the next goes with the blocks.
+        varying = {n: x for n, x in prepared.items() if x.ndim >= len(spec.shape) + 2}
+
+        def write(first: Array, varying: dict[str, Array], *seen: Any) -> tuple[PyTree, list[Array]]:
+            tile, new = view(first, *seen)
+            made = self.update_rule(self._groups(spec, tile), prepared | varying, tiling.tile)
+            step = self.step(*made[:2])
+            step = step if factor is None else step * factor
+            return (step, new), [step * step, *made[2]]
+
+        like = (jax.ShapeDtypeStruct(spec.shape, jnp.float32), moving)
+        (step, moving), sums = tiling.run(write, (varying, *seen), like)
+        made = self.orthogonalization(step, spec)
+        axes = self.output_normalization.axes(spec)
+        if made is step and {len(spec.shape) - 2, len(spec.shape) - 1} <= set(axes):
+            scale = self.output_normalization.scale(tiling.means(sums[:, :1], axes)[0])
+        else:
+            scale = self._output_scale(made, spec)
+        feedback = jnp.sum(sums[:, 1:], 0) / math.prod(spec.shape)
+        return made * scale, reduced | moving, feedback
+
+    def _block_squares(
+        self, spec: TensorSpec, tiling: Tiling, view: Any, seen: tuple[Any, ...]
+    ) -> tuple[tuple[str, ...], Array]:
+        """Returns (the names of the tensor's feature groups, mean squares of their planes)."""
+        shape, axes = spec.shape, self.normalization.axes(spec)
+        *_, moving, fixed = seen
+        # Planes of row and column factors alone are small; others, made of zeros here, are never evaluated.
+        zeros = jnp.zeros(shape, jnp.float32)
+        stats = self.read(spec, {n: self.accumulators[n].init(spec) for n in moving})
+        groups = self._groups(spec, (zeros, zeros, stats | fixed))
+        planes = sum(groups.values(), [])
+        big = [j for j, x in enumerate(planes) if x.shape == shape]
+
+        def squares(first: Array, *seen: Any) -> tuple[PyTree, list[Array]]:
+            made = self._flat(spec, view(first, *seen)[0])
+            return (), [made[j] * made[j] for j in big]
+
+        means = dict(zip(big, tiling.means(tiling.run(squares, seen, ())[1], axes), strict=True))
+        kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        for j, x in enumerate(planes):
+            if j not in means:
+                means[j] = jnp.mean(x * x, axes, keepdims=True)
+        return tuple(groups), jnp.stack([jnp.broadcast_to(means[j], kept) for j in range(len(planes))])
