@@ -83,18 +83,23 @@ def spread(
       {'a/b': True, 'a/w': True, 'b': False}
     """
     given, used, out = dict(tensor_paths(tree, is_leaf)), set(), {}
-    # Nodes without leaves, such as None and optax's MaskedNode, are places too.
-    for path, leaf in tensor_paths(params, lambda x: not jax.tree.leaves(x)):
+
+    def above(path: str) -> list[str]:
         keys = path.split("/")
-        above = ("/".join(keys[:n]) for n in range(len(keys), -1, -1))
-        found = next((p for p in above if p in given), None)
+        return ["/".join(keys[:n]) for n in range(len(keys), -1, -1)]
+
+    places = dict(tensor_paths(params, lambda x: not jax.tree.leaves(x)))
+    for path, leaf in places.items():
+        found = next((p for p in above(path) if p in given), None)
         used.add(found)
-        if jax.tree.leaves(leaf):
-            if found is None:
-                raise UserError(f"the {what} does not fit the parameters: it has nothing for {path!r}")
-            out[path] = given[found]
+        if not jax.tree.leaves(leaf):
+            continue
+        if found is None:
+            raise UserError(f"the {what} does not fit the parameters: it has nothing for {path!r}")
+        out[path] = given[found]
+    empty = {path for path, leaf in places.items() if not jax.tree.leaves(leaf)}
     for path in given:
-        if path not in used:
+        if path not in used and empty.isdisjoint(above(path)):
             raise UserError(f"the {what} does not fit the parameters: {path!r} is none of them")
     return out
 
@@ -232,7 +237,9 @@ def _outputs(folder: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[Axes,
             continue
         every, own = tuple(range(len(shape))), len(bias)
         stacked = own > 1 and bias[0] == shape[0] and bias[1:] == shape[1 - own :]
-        if stacked and not (re.search(r"(^|/)(query|key|value)$", folder) and bias == shape[-own:]):
+        # Where heads are as many as inputs, (inputs, heads, size) with (heads, size) looks like a stack.
+        heads = own == 2 and bias == shape[-2:] and re.search(r"(^|/)(query|key|value)$", folder)
+        if stacked and not heads:
             return every[1:], own - 1
         if bias == shape[-own:]:
             return every, own

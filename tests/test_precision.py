@@ -9,7 +9,7 @@ import pytest
 
 from celo_nnx import UserError
 from celo_nnx.config import load_optimizer
-from celo_nnx.precision import Storage, mix
+from celo_nnx.precision import Storage, bits, from_bits, mix
 
 PARAMS = {
     "w": jnp.ones((24, 40)),
@@ -45,6 +45,19 @@ def test_rounding_of_a_tile_is_that_of_the_whole() -> None:
         part = storage.store(x[..., start : start + 4, :], seed, start)
         np.testing.assert_array_equal(part, whole[..., start : start + 4, :])
     assert bool((whole[0] != storage.store(x[1], seed)).any())
+
+
+def test_bits_are_the_state_in_another_dtype() -> None:
+    """Loops hold bfloat16 as uint16: loading, storing and going back change nothing."""
+    storage, like = Storage("bfloat16"), jnp.asarray([1.5, -2.0, jnp.inf], jnp.bfloat16)
+    tree = {"a": like, "b": jnp.ones(2)}
+    packed = bits(tree)
+    assert packed["a"].dtype == jnp.uint16 and packed["b"] is tree["b"]
+    jax.tree.map(np.testing.assert_array_equal, from_bits(packed, tree), tree)
+    jax.tree.map(np.testing.assert_array_equal, storage.load(packed), storage.load(tree))
+    new = {"a": jnp.array([1.001, 3.14159, 0.1]), "b": jnp.zeros(2)}
+    kept = from_bits(storage.keep(new, packed, jnp.uint32(5)), tree)
+    jax.tree.map(np.testing.assert_array_equal, kept, storage.keep(new, tree, jnp.uint32(5)))
 
 
 def test_not_finite_values_and_the_largest_stay_what_they_are() -> None:
