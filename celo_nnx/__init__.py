@@ -17,7 +17,7 @@ _EXPORTS = {
     "celo": "drop_in",
     "celo2": "drop_in",
     "celo2_base": "drop_in",
-    "describe": "build",
+    "describe": "description",
     "diagnostics": "transform",
     "load_config": "config",
     "load_optimizer": "config",

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from celo_nnx.components.accumulators import ACCUMULATORS
@@ -28,7 +27,7 @@ from celo_nnx.components.update_rules import ROUTE_RULES, STEPS, UPDATE_RULES
 from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.optimizer import LearnedOptimizer, Settings
 from celo_nnx.precision import Storage
-from celo_nnx.tensors import Tensors, tensor_paths
+from celo_nnx.tensors import Tensors
 
 ENTRY_POINTS = "celo_nnx.components"  # an entry point is named KIND.NAME, "features.sign_gradient" say
 
@@ -271,6 +270,7 @@ def build(
     )
     settings = {name: made(**config[name]) for name, made in PLAIN.items()}
     made = LearnedOptimizer(parts, Settings(**settings, **{name: config[name] for name in SCALARS}))
+    made.config = json.dumps(config, default=str)
     return start(made, theta_init or {"kind": "random"}, jax.random.fold_in(key, 1))
 
 
@@ -343,56 +343,4 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     return optimizer.with_theta(jax.tree.unflatten(tree, noisy))
 
 
-def describe(optimizer: LearnedOptimizer) -> str:
-    """Returns a table of the parts with their settings, theta's shapes and state bytes a parameter.
-
-    The bytes are measured on a 1024 x 1024 tensor of each route.
-    """
-    lines = [f"{'part':<32}{'kind':<20}settings"]
-    banks = {n: getattr(a, "size", 1) for n, a in optimizer.accumulators.items()}
-
-    def row(slot: str, part: Any, **more: Any) -> None:
-        settings = {k: v for k, v in vars(part).items() if not k.startswith("_") and _plain(v)} | more
-        text = ", ".join(f"{k}={v}" for k, v in settings.items())
-        lines.append(f"{slot:<32}{type(part).__name__:<20}{text}".rstrip())
-
-    for group in ("accumulators", "features", "context", "rows"):
-        for name, part in optimizer.named(group).items():
-            row(f"{group}.{name}", part, **({"planes": part.width(banks)} if group == "features" else {}))
-    for slot in SLOTS:
-        row(slot, getattr(optimizer, slot))
-    for name, part in optimizer.named("routes").items():
-        row(f"routes.{name}", part)
-    lines += [f"{name:<32}{'':<20}{getattr(optimizer.settings, name)}" for name in SCALARS]
-    theta = tensor_paths(optimizer.theta)
-    lines.append("")
-    lines += [f"theta  {path:<44} {tuple(leaf.shape)}" for path, leaf in theta]
-    lines.append(f"meta-parameters: {sum(leaf.size for _, leaf in theta)}")
-    return "\n".join([*lines, *_state_bytes(optimizer)])
-
-
-def _plain(value: Any) -> bool:
-    """Tells a setting from arrays, functions and tables."""
-    flat = isinstance(value, tuple) and not any(isinstance(v, tuple) for v in value)
-    return flat or isinstance(value, (bool, int, float, str))
-
-
-def _state_bytes(optimizer: LearnedOptimizer) -> list[str]:
-    side = 1024
-    spec = optimizer.settings.tensors.specs({"w": (side, side)})["w"]
-    param = {"w": jax.ShapeDtypeStruct((side, side), jnp.float32)}
-
-    def size(tree: Any) -> float:
-        return sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)) / side**2
-
-    stored = optimizer.settings.state.init
-    learned = jax.eval_shape(
-        lambda: {n: stored(a.init(spec), spec.shape) for n, a in optimizer.accumulators.items()}
-    )
-    lines = [f"state of a learned {side} x {side} tensor: {size(learned):.2f} bytes a parameter"]
-    for name, rule in optimizer.routes.items():
-        lines.append(f"state on route {name}: {size(jax.eval_shape(rule.init, param)):.2f} bytes a parameter")
-    return lines
-
-
-__all__ = ["build", "describe", "find", "list_parts", "parameters", "resolve", "start"]
+__all__ = ["build", "find", "list_parts", "parameters", "resolve", "start"]

@@ -27,13 +27,35 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _describe(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
     import jax
 
-    from celo_nnx.build import build, describe
+    from celo_nnx import dead, description, diagram, model_file
+    from celo_nnx.build import build
     from celo_nnx.config import load
+    from celo_nnx.pretrained.files import refuse_existing, told, write_new
 
+    if args.svg:
+        with told(args.svg):
+            refuse_existing(Path(args.svg))
     config = load(args.config, args.overrides)
-    print(describe(build(config.optimizer, key=jax.random.key(config.seed), theta_init=config.theta_init)))
+    optimizer = build(config.optimizer, key=jax.random.key(config.seed), theta_init=config.theta_init)
+    routing = model_file.routing_report(optimizer, args.params) if args.params else ""
+    if sys.stdout.isatty():
+        description.show(optimizer)
+    else:
+        print(description.describe(optimizer), flush=True)
+    notes = []
+    if args.dead:
+        notes = dead.report(dead.find_dead(optimizer), description.count(optimizer)).splitlines()
+        print("", *notes, sep="\n")
+    if routing:
+        print("", routing, sep="\n")
+    if args.svg:
+        title = " ".join([args.config, *args.overrides])
+        with told(args.svg):
+            write_new(Path(args.svg), diagram.draw(optimizer, title, notes).encode())
     return 0
 
 
@@ -145,11 +167,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("list", _list, "list what there is to choose from", "list", "list parts")
     sub.add_argument("what", nargs="?", metavar="parts|variants|tasks|data", help="one kind only")
 
-    text = "show a variant's parts, shapes and number of meta-parameters"
     sub = command(
-        "describe", _describe, text, "describe celo2", "describe celo2 optimizer.schedule.value=0.01"
+        "describe",
+        _describe,
+        "show a variant's parts, shapes, number of meta-parameters and state",
+        "describe celo2 optimizer.schedule.value=0.01",
+        "describe celo --dead --svg celo.svg",
+        "describe celo2 --params model.safetensors",
     )
     config(sub)
+    text = "also name meta-parameters without effect, found by experiment; compiles for about 20 seconds"
+    sub.add_argument("--dead", action="store_true", help=text)
+    sub.add_argument("--svg", metavar="FILE", help="draw the variant, into a new file")
+    text = "a model's safetensors file: say which tensor takes which rule (only its header is read)"
+    sub.add_argument("--params", metavar="FILE", help=text)
 
     sub = command(
         "train",

@@ -89,8 +89,11 @@ class LearnedOptimizer(nnx.Module):
         ``orthogonalization``, ``output_normalization``, ``tracker``, ``schedule``, ``rate_scale``,
         ``routing``.
       settings: what is not a part.
+
+    ``config`` is the resolved section ``optimizer`` that it was built from, as JSON.
     """
 
+    config: str = "{}"
     accumulators: nnx.Dict[Accumulator]
     features: nnx.Dict[Feature]
     context: nnx.Dict[TensorFeature]
@@ -145,11 +148,11 @@ class LearnedOptimizer(nnx.Module):
         nnx.replace_by_pure_dict(own, theta)
         return nnx.merge(graphdef, own, rest)
 
-    def with_tensors(self, tensors: Tensors) -> LearnedOptimizer:
-        """Returns this optimizer with another way of looking at tensors."""
+    def with_settings(self, **changes: Any) -> LearnedOptimizer:
+        """Returns this optimizer with some of its :class:`Settings` changed."""
         graphdef, theta, rest = nnx.split(self, MetaParam, ...)
         other = nnx.merge(graphdef, theta, rest)
-        other.settings = nnx.static(dataclasses.replace(self.settings, tensors=tensors))
+        other.settings = nnx.static(dataclasses.replace(self.settings, **changes))
         return other
 
     def _routes(self, params: PyTree) -> dict[str, str]:

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from celo_nnx.build import build, describe
+from celo_nnx.build import build
 from celo_nnx.config import load
+from celo_nnx.description import describe
 from celo_nnx.devices import choose_devices, cores
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation import report

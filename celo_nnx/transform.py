@@ -68,7 +68,7 @@ def as_optax(
         if dimensions is None:
             return optimizer
         given = dimension_numbers(dimensions, params)
-        return optimizer.with_tensors(dataclasses.replace(optimizer.settings.tensors, given=given))
+        return optimizer.with_settings(tensors=dataclasses.replace(optimizer.settings.tensors, given=given))
 
     def init(params: PyTree) -> PyTree:
         state = looking(params).init(params, 0 if num_steps is None else num_steps)

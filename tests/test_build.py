@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from celo_nnx import UserError
-from celo_nnx.build import build, describe, list_parts
+from celo_nnx.build import build, list_parts
 from celo_nnx.config import load, load_optimizer, presets
+from celo_nnx.description import describe
 
 
 def theta_size(overrides: list[str]) -> int:
