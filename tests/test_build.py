@@ -135,7 +135,7 @@ def test_a_config_file_of_ones_own(tmp_path: Path) -> None:
 
 def test_describe_names_parts_and_sizes() -> None:
     text = describe(build(load("celo2").optimizer))
-    assert "NewtonSchulz" in text and "meta-parameters: 347" in text and "16.02 bytes a parameter" in text
+    assert "newton_schulz" in text and "meta-parameters: 347" in text and "16.02 bytes a parameter" in text
 
 
 def test_every_preset_loads() -> None:
