@@ -59,5 +59,9 @@ class AdamRule(UpdateRule):
         factor = gain / (eps + jnp.sqrt(groups["second_moment"][-1] + self.floor))
         return groups["momentum"][-1] * factor, None, []
 
-    def hand_made(self) -> dict[str, Array]:
+    def hand_made(self, **options: object) -> dict[str, Array]:
+        if options:
+            raise UserError(
+                f"the update rule 'adam' has no theta, so theta_init takes no {sorted(options)[0]!r}"
+            )
         return {}
