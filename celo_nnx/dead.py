@@ -28,8 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from celo_nnx.errors import UserError
-from celo_nnx.optimizer import LEARNED, LearnedOptimizer
-from celo_nnx.precision import Storage
+from celo_nnx.optimizer import LEARNED, LearnedOptimizer, Settings
 from celo_nnx.tensors import Tensors, tensor_paths
 
 Leaves = list[np.ndarray]
@@ -114,10 +113,10 @@ class _Probe:
     """Compiled experiments on one optimizer."""
 
     def __init__(self, optimizer: LearnedOptimizer) -> None:
-        # How state is stored, how large tensors are cut and where they are looked at otherwise change
-        # no entry's part in the arithmetic; rounding to bfloat16 has no derivative.
-        plain = Tensors(axes=optimizer.settings.tensors.axes)
-        self._optimizer = optimizer.with_settings(tensors=plain, state=Storage(), tile=0)
+        # How state is stored and large tensors are worked on changes no entry's part in the arithmetic;
+        # rounding to bfloat16 has no derivative, and axes by path are not for these tensors.
+        plain = Settings(tensors=Tensors(axes=optimizer.settings.tensors.axes))
+        self._optimizer = optimizer.with_settings(**vars(plain))
         for part in (self._optimizer.routing, self._optimizer.rate_scale):
             part.patterns = ()  # need not be found in the names of these tensors
         params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}

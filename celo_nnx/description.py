@@ -15,7 +15,7 @@ from flax import nnx
 
 from celo_nnx.build import GROUPS, PLAIN, SCALARS, SLOTS, find, parameters
 from celo_nnx.interfaces import MetaParam
-from celo_nnx.optimizer import LearnedOptimizer
+from celo_nnx.optimizer import LearnedOptimizer, Settings
 from celo_nnx.tensors import Tensors, tensor_paths
 
 # Every slot in the order in which an update goes through them.
@@ -125,7 +125,7 @@ def general(optimizer: LearnedOptimizer) -> dict[str, tuple[Setting, ...]]:
         out[name] = tuple(_settings(own, defaults))
     for name in SCALARS:
         value = getattr(settings, name)
-        out[name] = (Setting("", _text(value), value != 0),)
+        out[name] = (Setting("", _text(value), value != getattr(Settings(), name)),)
     return out
 
 

@@ -121,7 +121,7 @@ def draw(optimizer: LearnedOptimizer, title: str = "", notes: Sequence[str] = ()
             y = boxes[slot].bottom + GAP
     end = max(box.bottom for box in boxes.values()) + GAP
     shapes = [
-        _line(MARGIN, MARGIN + 10, Text([(printable(title[:100] or "optimizer"), "title")])),
+        _line(MARGIN, MARGIN + 10, Text([(printable(title or "optimizer")[:96], "title")])),
         _bar(top, "gradients, parameters and loss of one update"),
         _bar(end, "update = − learning rate × rate × (step + weight_decay × parameters)"),
         *_wires(optimizer, boxes, decided, (top + BAR, end)),
@@ -157,7 +157,7 @@ def _lines(slot: str, own: Sequence[Row]) -> list[Text]:
     width = sum(row.width or 0 for row in own)
     state = sum(row.state or 0 for row in own) if slot == "accumulators" else None
     number = f"{width} {NUMBERS[slot]}" if width else ""
-    right = _counts(number, sum(row.theta for row in own), state, " a parameter")
+    right = _counts(number, sum(row.theta for row in own), state)
     lines = _wrapped([(slot, "slot"), *kind], right)
     for row in own:
         settings = [(str(s), "changed" if s.changed else "") for s in row.settings]
@@ -171,14 +171,21 @@ def _lines(slot: str, own: Sequence[Row]) -> list[Text]:
     return lines
 
 
-def _counts(width: str, theta: int, state: float | None, per: str = "") -> str:
+def _counts(width: str, theta: int, state: float | None) -> str:
     learned = f"{theta:,} meta-parameters" if theta else ""
-    return ", ".join(x for x in (width, learned, "" if state is None else f"{state:.2f} bytes{per}") if x)
+    return ", ".join(x for x in (width, learned, "" if state is None else f"{state:.2f} bytes") if x)
 
 
 def _wrapped(pieces: Sequence[tuple[str, str]], right: str = "", indent: int = 0) -> list[Text]:
-    """Returns lines that fit into a box; those after the first are indented twice."""
-    lines = wrapped(pieces, ROOM - 2 * indent - len(right) - 2)
+    """Returns lines that fit into a box; only the first leaves room at the right, the others are indented."""
+    room = ROOM - indent - (len(right) + 2 if right else 0)
+    count = used = 0
+    for text, _ in pieces:
+        used += len(text)
+        if count and used > room:
+            break
+        used, count = used + 2, count + 1
+    lines = wrapped(pieces[:count], room) + wrapped(pieces[count:], ROOM - 2 * indent)
     return [Text(line, "" if i else right, 2 * indent if i else indent) for i, line in enumerate(lines)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -77,13 +76,10 @@ def routing_report(optimizer: LearnedOptimizer, path: str | os.PathLike[str]) ->
     shapes, others = read_shapes(path)
     if not shapes:
         raise UserError(f"{path} has no floating-point tensor")
-    lines = [optimizer.routing_table(_structs(shapes))]
+    # One level is enough: a key with slashes makes the same path as nested keys.
+    structs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    lines = [optimizer.routing_table(structs)]
     if others:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         lines.append(f"left out, not floating-point: {', '.join(others[:5])}{more}")
     return "\n".join(lines)
-
-
-def _structs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
-    # One level is enough: a key that holds slashes makes the same path as nested keys.
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}

@@ -40,7 +40,7 @@ ALLOWED = {
     "build": LEAVES | {"components", "optimizer", "precision", "tensors", "theta_io"},
     "description": LEAVES | {"build", "optimizer", "tensors"},
     "diagram": LEAVES | {"description", "optimizer"},
-    "dead": LEAVES | {"optimizer", "precision", "tensors"},
+    "dead": LEAVES | {"optimizer", "tensors"},
     "model_file": LEAVES | {"optimizer"},
     "pretrained": LEAVES | {"build", "config", "meta", "theta_io"},
     "bench_orthogonalization": LEAVES | {"components"},
