@@ -133,8 +133,10 @@ CONTEXT = {
 }
 
 
-@pytest.mark.parametrize("axes,key", [("rows", "tall"), ("columns", "stack"), ("all", "stack")])
-def test_every_normalization_in_tiles_is_that_of_the_whole(axes: str, key: str) -> None:
+@pytest.mark.parametrize(
+    "axes,keys", [("rows", ("tall", "stack")), ("columns", ("tall",)), ("all", ("stack",))]
+)
+def test_every_normalization_in_tiles_is_that_of_the_whole(axes: str, keys: tuple[str, ...]) -> None:
     """And context that looks at the tensor sees all of it."""
     rules = []
     for tile in (80, 10**6):
@@ -143,7 +145,7 @@ def test_every_normalization_in_tiles_is_that_of_the_whole(axes: str, key: str) 
             build(config_of("celo2_base", *overrides) | ({"context": CONTEXT} if axes == "all" else {}))
         )
     theta = theta_of(rules[0].theta, 8)
-    both(*rules, theta, random_tree(6, [key]), random_tree(7, [key], (2,)))
+    both(*rules, theta, random_tree(6, keys), random_tree(7, keys, (2,)))
 
 
 def test_half_precision_gradients_and_parameters_follow_the_twin() -> None:
