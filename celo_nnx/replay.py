@@ -50,6 +50,8 @@ def replay(path: str | Path, *, twin: bool = False, overrides: Sequence[str] = (
 
     Source: OPTIMIZERS sections 14.2 and 14.3 on tolerances.
     """
+    if twin and overrides:
+        raise UserError("overrides (--set) are of the composed optimizer only, not of its twin (--twin)")
     recording = recordings.read(path)
     kind = recording.meta["kind"]
     row: dict[str, Any] = {"file": str(path), "kind": kind, "optimizer": None, "steps": None}

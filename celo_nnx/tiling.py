@@ -24,7 +24,7 @@ PyTree = Any
 
 SIDES = {"gpu": (2, 2), "tpu": (8, 128), "cpu": (2, 2)}  # rows and columns of a block at least
 COLUMNS = 128  # of a block at most, before rows are added
-WARPS = 8  # Triton: four elements of a block to a thread, each with some forty planes and hidden units
+WARPS = 8  # of a Triton program; see BLOCK of the kernel
 
 
 def platform() -> str:
@@ -60,7 +60,7 @@ class Tiling:
         n, m = (1 << (size - 1).bit_length() for size in shape[-2:])
         least_rows, least_columns = SIDES[platform()]
         limit = 1 << (limit.bit_length() - 1)
-        columns = min(m, COLUMNS, max(least_columns, limit))
+        columns = min(m, COLUMNS, max(least_columns, limit // least_rows))
         rows = min(n, max(least_rows, limit // columns))
         return Tiling(tuple(shape), rows, min(m, max(columns, limit // rows)))
 

@@ -37,6 +37,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["train", "celo2", "--run-dir", "x", "--fast"], "unknown argument '--fast'"),
         (["list", "part"], "unknown list 'part' (did you mean 'parts'?)"),
         (["replay", "x.npz", "--tolerance", "much"], "--tolerance: invalid float value: 'much'"),
+        (["replay", "x.npz", "--set", "tile=2", "--twin"], "of the composed optimizer only"),
         (["bench", "mata"], "mata"),
         (["describe", "celo22"], "unknown config 'celo22' (did you mean 'celo2'?)"),
         (["describe", "nowhere.py"], "nowhere.py"),

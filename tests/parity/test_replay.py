@@ -116,6 +116,31 @@ def test_every_constructor_field_is_honoured(made: Path):
     assert row["max_abs_error"] > 0 and row["optimizer"] == "celo2" and row["steps"] == STEPS
 
 
+@pytest.mark.parametrize("change", ["tile=2", "kernel=pallas"])
+def test_what_should_change_nothing_does_not(made: Path, change: str):
+    row = replay(made, overrides=(change, "tensors.axes=last_two"))
+    assert row["max_abs_error"] < 1e-4 and row["optimizer"] == "celo2", row
+
+
+@pytest.mark.parametrize("change", [("tile=2",), ("kernel=pallas", "tile=8")])
+def test_recorded_with_other_tiles_and_kernels(shared: Path, change: tuple[str, ...]):
+    row = replay(shared / "golden" / f"{QUICK[0]}.npz", overrides=change)
+    assert row["ok"] and row["max_abs_error"] < 1e-6, row
+
+
+def test_what_changes_something_is_seen_and_mistakes_are_told(made: Path):
+    assert replay(made, overrides=("weight_decay=0.03",))["max_abs_error"] > 1e-3
+    for change, message in (
+        ("tlie=2", "'tlie' .did you mean 'tile'"),
+        ("step.exp_mul=2", "'exp_mul' .did you mean 'exp_mult'"),
+        ("tile", "not of the form key=value"),
+        ("kernel=palas", "did you mean 'pallas'"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            replay(made, overrides=(change,))
+        assert "\n" not in str(error.value)
+
+
 def test_a_wrong_trajectory_is_not_ok(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert replay(made, twin=True)["ok"]
     with np.load(made.with_suffix(".npz")) as arrays:
