@@ -7,16 +7,17 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import optax
-
 from celo_nnx.errors import UserError, unknown
 from celo_nnx.interfaces import Family, GradientEstimator, Optimizer
 from celo_nnx.meta.augmentation import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
-from celo_nnx.meta.trainer import META_OPTIMIZERS, MetaTrainer
+from celo_nnx.meta.frozen import frozen_mask
+from celo_nnx.meta.meta_optimizers import meta_optimizer
+from celo_nnx.meta.trainer import MetaTrainer
 from celo_nnx.meta.truncation import TRUNCATIONS
 
 SECTIONS = ("estimator", "unroll", "augmentation", "optimizer")
+OPTIONS = ("average", "frozen", "phases")
 
 
 def _choose(
@@ -52,26 +53,11 @@ def _choose(
 
 def _section(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     for name in meta:
-        if name not in SECTIONS:
-            raise unknown("key of meta", name, SECTIONS)
+        if name not in SECTIONS + OPTIONS:
+            raise unknown("key of meta", name, SECTIONS + OPTIONS)
     if key not in meta:
         raise UserError(f"the config has no section meta.{key}")
     return meta[key]
-
-
-def meta_optimizer(section: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Builds the optax rule for theta.
-
-    Args:
-      section: ``config.meta.optimizer``.
-
-    Raises:
-      UserError: for an unknown kind or key, or a value out of range.
-
-    Example:
-      >>> tx = meta_optimizer({"kind": "adamw", "learning_rate": 1e-4})
-    """
-    return _choose("meta.optimizer", section, META_OPTIMIZERS)()
 
 
 def build_estimator(
@@ -111,7 +97,15 @@ def build_trainer(
     Raises:
       UserError: for an unknown kind or key, or a value out of range.
     """
-    rule = meta_optimizer(_section(config.meta, "optimizer"))
+    rule = meta_optimizer(_section(config.meta, "optimizer"), optimizer.theta)
+    frozen = frozen_mask(optimizer.theta, config.meta.get("frozen", ()))
+    # A leaf that rests is still perturbed here: a standard deviation per leaf would be told ``frozen``.
     estimator = build_estimator(config.meta, optimizer, families, devices)
-    steps = config.run.iterations_per_dispatch
-    return MetaTrainer(optimizer, estimator, rule, iterations_per_dispatch=steps)
+    return MetaTrainer(
+        optimizer,
+        estimator,
+        rule,
+        iterations_per_dispatch=config.run.iterations_per_dispatch,
+        average=config.meta.get("average", 0.0),
+        frozen=frozen,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,44 +15,6 @@ from celo_nnx.interfaces import Array, GradientEstimator, Optimizer, PyTree
 from celo_nnx.meta.estimators.pes import AXIS
 from celo_nnx.meta.truncation import is_count
 
-
-def adamw(
-    *,
-    learning_rate: float = 1e-4,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 1e-4,
-) -> optax.GradientTransformation:
-    """AdamW on all meta-parameters, as ``optax.adamw`` computes it.
-
-    Args:
-      learning_rate: constant.
-      b1, b2: decays of the first and second moment, in [0, 1).
-      eps: added to the root of the second moment.
-      weight_decay: decoupled.
-
-    Raises:
-      UserError: for a value out of range.
-
-    Source: META_TRAINING sections 0 and 5.
-    """
-
-    def number(name: str, value: object, low: float, high: float, legal: str) -> None:
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        require(real and low <= value < high, f"meta.optimizer.{name}", value, legal)
-
-    number("learning_rate", learning_rate, 0.0, math.inf, "a finite number >= 0")
-    number("b1", b1, 0.0, 1.0, "in [0, 1)")
-    number("b2", b2, 0.0, 1.0, "in [0, 1)")
-    number("eps", eps, 0.0, math.inf, "a finite number >= 0")
-    number("weight_decay", weight_decay, 0.0, math.inf, "a finite number >= 0")
-    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-
-
-META_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw}
-
-
 # LLVM avoids 512-bit vectors by default; the update MLP is faster with them where the CPU has them.
 COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
 
@@ -65,17 +26,26 @@ class MetaTrainer:
     from ``fold_in(root key, i)``: however meta-iterations are split over calls, theta comes out
     bit-identical.
 
+    With an ``average`` of decay d the state keeps, besides theta, its bias-corrected exponential average
+    over the k meta-iterations since :meth:`init`, in which the start has no weight::
+
+        a_k = a_(k-1) + (1 - d) / (1 - d^k) (theta_k - a_(k-1))  =  sum_i (1 - d) d^(k-i) theta_i / (1 - d^k)
+
+    A frozen leaf has gradient 0, is not shown to the meta-optimizer and keeps every bit.
+
     Args:
       optimizer: the optimizer whose theta is where training starts.
       estimator: estimates the gradient of the meta-loss.
       meta_optimizer: the optax rule for theta.
       iterations_per_dispatch: the most meta-iterations of one :meth:`run`.
+      average: decay of the average of theta, in [0, 1); 0 for none.
+      frozen: theta's tree of bool, true for leaves that rest; None for none.
 
     Raises:
-      UserError: unless ``iterations_per_dispatch >= 1``.
+      UserError: a value out of range.
 
     Example:
-      >>> trainer = MetaTrainer(optimizer, estimator, adamw(learning_rate=1e-4))  # doctest: +SKIP
+      >>> trainer = MetaTrainer(optimizer, estimator, optax.adamw(1e-4))  # doctest: +SKIP
       >>> state = trainer.init(jax.random.key(0))  # doctest: +SKIP
       >>> state, metrics = trainer.run(state, 10)  # doctest: +SKIP
     """
@@ -87,13 +57,21 @@ class MetaTrainer:
         meta_optimizer: optax.GradientTransformation,
         *,
         iterations_per_dispatch: int = 10,
+        average: float = 0.0,
+        frozen: PyTree = None,
     ) -> None:
         legal = "an integer >= 1"
         require(
             is_count(iterations_per_dispatch), "run.iterations_per_dispatch", iterations_per_dispatch, legal
         )
+        number = isinstance(average, (int, float)) and not isinstance(average, bool)
+        require(number and 0 <= average < 1, "meta.average", average, "a number in [0, 1) (0 = off)")
         self.optimizer = optimizer
         self.estimator = estimator
+        self.average = float(average)
+        self.frozen = frozen if frozen is not None and any(jax.tree.leaves(frozen)) else None
+        if self.frozen is not None:
+            meta_optimizer = optax.masked(meta_optimizer, jax.tree.map(lambda rests: not rests, self.frozen))
         self.meta_optimizer = meta_optimizer
         self.iterations_per_dispatch = iterations_per_dispatch
         # Data travels as an argument, since arrays that a jitted function closes over are baked into it.
@@ -102,16 +80,25 @@ class MetaTrainer:
         self._init = jax.jit(self._first_state)
         self.compiled_run = jax.jit(self._iterations, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
 
-    def init(self, key: Array) -> dict[str, PyTree]:
-        """Returns the state at the start.
+    def init(
+        self, key: Array, theta: PyTree = None, *, iteration: int = 0, phase: int = 0
+    ) -> dict[str, PyTree]:
+        """Returns the state at the start of a run, or of a later phase of it.
 
         Args:
           key: typed PRNG key; the root of everything random.
+          theta: where a later phase goes on from; the optimizer's own by default.
+          iteration: meta-iterations done before.
+          phase: its number, 0 for the first; each draws inner problems of its own.
 
         Returns:
-          ``theta``, ``meta_optimizer``, ``estimator``, ``iteration`` (int32) and ``key``.
+          ``theta``, ``meta_optimizer``, ``estimator``, ``iteration`` (int32) and ``key``; with an average
+          also ``average``, of ``theta`` and the ``count`` of iterations in it.
         """
-        return self.place(self._init(self.optimizer.theta, key, self._data))
+        theta = self.optimizer.theta if theta is None else theta
+        # Meta-iteration i uses fold_in(key, i), i < 2**31 - 1; starts have numbers that none of them has.
+        numbers = jnp.int32(iteration), jnp.uint32(2**32 - 1 - phase)
+        return self.place(self._init(theta, key, self._data, numbers))
 
     def run(self, state: dict[str, PyTree], n: int) -> tuple[dict[str, PyTree], dict[str, Array]]:
         """Does ``n`` meta-iterations.
@@ -149,20 +136,37 @@ class MetaTrainer:
     def _bound(self, data: PyTree) -> GradientEstimator:
         return self.estimator.with_data(data) if hasattr(self.estimator, "with_data") else self.estimator
 
-    def _first_state(self, theta: PyTree, key: Array, data: PyTree) -> dict[str, PyTree]:
+    def _first_state(
+        self, theta: PyTree, key: Array, data: PyTree, numbers: tuple[Array, Array]
+    ) -> dict[str, PyTree]:
         # A copy: jit returns an input that is an output as the same buffer, and run() donates it.
         theta = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), theta)
-        # Meta-iteration i uses fold_in(key, i), i < 2**31 - 1; the start has a number that none of them has.
-        start = jax.random.fold_in(key, 2**32 - 1)
+        iteration, start = numbers
+        start = jax.random.fold_in(key, start)
+        average = {"theta": jax.tree.map(jnp.copy, theta), "count": jnp.int32(0)}
         return {
             "theta": theta,
             "meta_optimizer": self.meta_optimizer.init(theta),
             "estimator": self._bound(data).init(theta, start),
-            "iteration": jnp.int32(0),
+            "iteration": jnp.array(iteration, copy=True),
             "key": jax.random.wrap_key_data(
                 jnp.array(jax.random.key_data(key), copy=True), impl=jax.random.key_impl(key)
             ),
-        }
+        } | ({"average": average} if self.average else {})
+
+    def _averaged(self, average: dict[str, PyTree], theta: PyTree) -> dict[str, PyTree]:
+        """The average with one more theta; exactly theta where it is the first one."""
+        count = average["count"] + 1
+        weight = (1 - self.average) / -jnp.expm1(count * math.log(self.average))
+        weight = jnp.where(count == 1, 1.0, weight)
+        moved = jax.tree.map(lambda a, x: a + weight * (x - a), average["theta"], theta)
+        return {"theta": self._rested(average["theta"], moved), "count": count}
+
+    def _rested(self, old: PyTree, new: PyTree) -> PyTree:
+        """The new leaves, and of those that rest the old ones: adding 0 would turn -0 into 0."""
+        if self.frozen is None:
+            return new
+        return jax.tree.map(lambda x, y, rests: x if rests else y, old, new, self.frozen)
 
     def _iteration(
         self, state: dict[str, PyTree], data: PyTree
@@ -170,8 +174,9 @@ class MetaTrainer:
         theta = state["theta"]
         key = jax.random.fold_in(state["key"], state["iteration"])
         gradient, estimator, metrics = self._bound(data)(theta, state["estimator"], key)
+        gradient = self._rested(jax.tree.map(jnp.zeros_like, gradient), gradient)
         updates, meta_optimizer = self.meta_optimizer.update(gradient, state["meta_optimizer"], theta)
-        theta = optax.apply_updates(theta, updates)
+        theta = self._rested(theta, optax.apply_updates(theta, updates))
         metrics = {
             **metrics,
             "gradient_norm": optax.tree.norm(gradient),
@@ -184,7 +189,7 @@ class MetaTrainer:
             "estimator": estimator,
             "iteration": state["iteration"] + 1,
             "key": state["key"],
-        }
+        } | ({"average": self._averaged(state["average"], theta)} if self.average else {})
         return state, metrics
 
     def _iterations(

@@ -128,7 +128,7 @@ def test_a_config_builds_a_trainer(toy):
         ({"augmentation__task": 1}, "unknown key of meta.augmentation 'task'"),
         ({"optimizer__b1": 1.0}, r"meta.optimizer.b1 = 1.0 .* \[0, 1\)"),
         ({"optimizer__learning_rate": -1.0}, "learning_rate = -1.0"),
-        ({"optimizer__kind": "adam"}, "unknown meta.optimizer.kind 'adam' .*'adamw'"),
+        ({"optimizer__kind": "adamww"}, "unknown meta.optimizer.kind 'adamww' .*'adamw'"),
     ],
 )
 def test_mistakes_in_the_config_are_named(toy, changes, message):

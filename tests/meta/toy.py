@@ -12,7 +12,8 @@ import numpy as np
 
 from celo_nnx.interfaces import Family, Task
 from celo_nnx.meta.estimators.pes import PES
-from celo_nnx.meta.trainer import MetaTrainer, adamw
+from celo_nnx.meta.meta_optimizers import adamw
+from celo_nnx.meta.trainer import MetaTrainer
 from celo_nnx.meta.truncation import LogUniform
 
 
