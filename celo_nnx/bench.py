@@ -200,13 +200,15 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
     from celo_nnx.build import build
     from celo_nnx.devices import choose_devices
     from celo_nnx.meta import build_trainer
+    from celo_nnx.pretrained.convert import first_theta
 
     for peer in peers:
         if peer != "naive":
             raise unknown("peer", peer, ("naive",))
     devices = choose_devices(config.run.devices, config.meta.estimator.pairs)
     families = synthetic_families(config.tasks)
-    optimizer = build(config.optimizer, jax.random.key(0), config.theta_init)
+    start = first_theta(config.theta_init, config.optimizer)
+    optimizer = build(config.optimizer, jax.random.key(0), start)
     trainer = build_trainer(config, optimizer, families, devices=devices)
     cells: list[Any] = [_MetaCell(trainer, devices)]
     if peers:

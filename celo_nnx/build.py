@@ -307,8 +307,9 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     Args:
       optimizer: with the random theta that :func:`build` drew.
       theta_init: ``kind``: ``"random"`` keeps it; ``"hand_made"`` takes the update rule's hand-made theta
-        (``feature``, ``channel``); ``"file"`` reads ``path``, a theta file or a run folder. ``noise``: the
-        standard deviation of Gaussian noise added to every meta-parameter.
+        (``feature``, ``channel``); ``"file"`` reads ``path``, a theta file or a run folder (or takes
+        ``theta``, a tree that was read before), all of it or, by patterns of paths, ``only`` some leaves.
+        ``noise``: the standard deviation of Gaussian noise added to every meta-parameter.
       key: draws the noise.
 
     Raises:
@@ -316,6 +317,8 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     """
     kind, noise = theta_init.get("kind", "random"), float(theta_init.get("noise", 0.0))
     require(noise >= 0, "theta_init.noise", noise, "a number of at least 0")
+    only = tuple(theta_init.get("only", ()))
+    require(kind == "file" or not only, "theta_init.only", only, "() unless theta_init.kind is 'file'")
     if kind == "hand_made":
         options = {k: theta_init[k] for k in ("feature", "channel") if k in theta_init}
         made = {
@@ -330,9 +333,11 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
             theta_init.get("path", ""),
             "a file or a run folder",
         )
-        from celo_nnx.theta_io import load_theta
+        from celo_nnx.theta_io import load_theta, take
 
-        optimizer = optimizer.with_theta(load_theta(theta_init["path"], like=optimizer.theta))
+        path, theta = theta_init["path"], theta_init.get("theta")
+        theta = load_theta(path) if theta is None else theta
+        optimizer = optimizer.with_theta(take(path, theta, optimizer.theta, only))
     elif kind != "random":
         raise unknown("theta_init.kind", kind, ("random", "hand_made", "file"))
     if noise == 0:

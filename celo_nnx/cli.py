@@ -34,13 +34,15 @@ def _describe(args: argparse.Namespace) -> int:
     from celo_nnx import dead, description, diagram, model_file
     from celo_nnx.build import build
     from celo_nnx.config import load
+    from celo_nnx.pretrained.convert import first_theta
     from celo_nnx.pretrained.files import refuse_existing, told, write_new
 
     if args.svg:
         with told(args.svg):
             refuse_existing(Path(args.svg))
     config = load(args.config, args.overrides)
-    optimizer = build(config.optimizer, key=jax.random.key(config.seed), theta_init=config.theta_init)
+    start = first_theta(config.theta_init, config.optimizer)
+    optimizer = build(config.optimizer, key=jax.random.key(config.seed), theta_init=start)
     routing = model_file.routing_report(optimizer, args.params) if args.params else ""
     if sys.stdout.isatty():
         description.show(optimizer)

@@ -21,6 +21,10 @@ from ml_collections import ConfigDict
 
 from celo_nnx.errors import UserError, require, unknown
 
+# Decay of the average of theta, patterns of the leaves that rest, and phases: without them as published.
+META_OPTIONS: dict[str, Any] = dict(average=0.0, frozen=(), phases=())
+THETA_INIT: dict[str, Any] = dict(kind="random", noise=0.0, path="", only=())
+
 
 def meta_section() -> dict[str, Any]:
     """The published meta-training (META_TRAINING section 0), unbiased where the published one is not."""
@@ -28,7 +32,17 @@ def meta_section() -> dict[str, Any]:
         estimator=dict(kind="pes", pairs=8, std=0.01, truncation=50, finished_step="exact"),
         unroll=dict(kind="log_uniform", minimum=100, maximum=2000),
         augmentation=dict(kind="reparametrization", level="global", low=1e-3, high=1e3),
-        optimizer=dict(kind="adamw", learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4),
+        optimizer=dict(
+            kind="adamw",
+            learning_rate=1e-4,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=1e-4,
+            clip_norm=0.0,
+            warmup=0,
+        ),
+        **META_OPTIONS,
     )
 
 
@@ -58,7 +72,7 @@ def experiment(optimizer: Mapping[str, Any], tasks: str) -> ConfigDict:
         dict(
             seed=0,
             optimizer=optimizer,
-            theta_init=dict(kind="random", noise=0.0, path=""),
+            theta_init=THETA_INIT,
             tasks=_preset(tasks, "").to_dict(),
             meta=meta_section(),
             run=run_section(),
@@ -162,13 +176,14 @@ def _locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 def _defaults(path: str, kind: str) -> dict[str, Any]:
     """Returns the settings of a part that a ``kind`` override puts into a section outside ``optimizer``."""
-    from celo_nnx.meta import assemble
+    from celo_nnx.meta import assemble, meta_optimizers
 
+    if path.startswith("meta.optimizer"):
+        return meta_optimizers.defaults(path, kind)
     tables = {
         "meta.estimator": assemble.ESTIMATORS,
         "meta.unroll": assemble.TRUNCATIONS,
         "meta.augmentation": assemble.AUGMENTATIONS,
-        "meta.optimizer": assemble.META_OPTIMIZERS,
     }
     table = tables.get(path, {})
     if kind not in table:
@@ -179,8 +194,10 @@ def _defaults(path: str, kind: str) -> dict[str, Any]:
 
 
 def _is_part(key: str) -> bool:
-    sections = ("meta.estimator", "meta.unroll", "meta.augmentation", "meta.optimizer")
-    return key.endswith(".kind") and (key.startswith("optimizer.") or key.removesuffix(".kind") in sections)
+    sections = ("meta.estimator", "meta.unroll", "meta.augmentation")
+    # Below meta.optimizer any value may become a section: a schedule in the place of a number.
+    nested = key.startswith(("optimizer.", "meta.optimizer."))
+    return key.endswith(".kind") and (nested or key.removesuffix(".kind") in sections)
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -198,16 +215,16 @@ def resolve(config: ConfigDict) -> ConfigDict:
             raise UserError(f"the config has no section {section!r}")
     seed = config.seed
     require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
-    starts = dict(kind="random", noise=0.0, path="")
     for where, known in (
         ("config", sections),
-        ("theta_init", (*starts, "feature", "channel")),
+        ("theta_init", (*THETA_INIT, "feature", "channel")),
         ("run", run_section()),
     ):
         for key in config if where == "config" else config[where]:
             if key not in known:
                 raise unknown(f"key of {where},", key, known)
-    config.theta_init = ConfigDict(starts | config.theta_init.to_dict())
+    config.meta = ConfigDict(META_OPTIONS | config.meta.to_dict())
+    config.theta_init = ConfigDict(THETA_INIT | config.theta_init.to_dict())
     config.run = ConfigDict(run_section() | config.run.to_dict())
     config.optimizer = ConfigDict(build.resolve(config.optimizer.to_dict()))
     return config.lock()
@@ -242,25 +259,28 @@ def load(source: str | ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
         if not equals:
             raise UserError(f"override {override!r} is not of the form key=value")
         pairs.append((key.strip(), text))
-    for swap in (True, False):
-        for key, text in pairs:
-            if _is_part(key) is not swap:
-                continue
-            section, last = _locate(config, key)
-            if swap:
-                _swap(config, key.removesuffix(".kind"), text)
-            elif isinstance(section[last], ConfigDict):
-                raise UserError(f"{key} is a section; set one of its keys: {', '.join(section[last].keys())}")
-            else:
-                section[last] = _value(text, section[last], key)
-        config = resolve(config)
-    return config
+    swaps = [(key, text) for key, text in pairs if _is_part(key)]
+    for key, text in sorted(swaps, key=lambda pair: pair[0].count(".")):  # what holds a part before the part
+        _swap(config, key.removesuffix(".kind"), text)
+    config = resolve(config)
+    for key, text in pairs:
+        if not _is_part(key):
+            _set(config, key, text)
+    return resolve(config)
+
+
+def _set(config: ConfigDict, key: str, text: str) -> None:
+    """Replaces a value by one of its type."""
+    section, last = _locate(config, key)
+    if isinstance(section[last], ConfigDict):
+        raise UserError(f"{key} is a section; set one of its keys: {', '.join(section[last].keys())}")
+    section[last] = _value(text, section[last], key)
 
 
 def _swap(config: ConfigDict, path: str, kind: str) -> None:
     """Replaces the section of a part by another kind's defaults."""
     parent, last = _locate(config, path)
-    if parent[last].get("kind") == kind:
+    if isinstance(parent[last], ConfigDict) and parent[last].get("kind") == kind:
         return
     fresh = {} if path.startswith("optimizer.") else _defaults(path, kind)
     with parent.unlocked():

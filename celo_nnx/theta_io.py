@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from celo_nnx.errors import UserError
 from celo_nnx.meta.checkpoint import digest, flatten
+from celo_nnx.meta.frozen import matching
 
 FORMAT = "celo_nnx.theta/1"
 FILE_NAME = "theta.safetensors"
@@ -68,6 +69,44 @@ def load_theta(path: str | os.PathLike[str], like: Any = None) -> dict[str, Any]
     arrays = _read(path)
     if like is not None:
         agree(path, arrays, flatten(like))
+    return _nested(path, arrays)
+
+
+def take(
+    path: str | os.PathLike[str], theta: Mapping[str, Any], like: Mapping[str, Any], only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Puts leaves of one theta into another.
+
+    Args:
+      path: where ``theta`` was read, for messages.
+      theta: nested dict of arrays.
+      like: theta of the optimizer that gets the leaves.
+      only: regular expressions searched in the paths of ``like``; without any, all leaves are taken, and
+        there must be no others.
+
+    Returns:
+      ``like`` with the leaves taken, numpy.
+
+    Raises:
+      UserError: a pattern that is found nowhere; a leaf that is missing or of another shape; one line.
+
+    Example:
+      >>> new, old = ({"rule": {"w": np.full(2, x)}, "rate": np.full(1, x)} for x in (1.0, 0.0))
+      >>> take("new", new, old, ("rule/",))
+      {'rule': {'w': array([1., 1.])}, 'rate': array([0.])}
+    """
+    given, wanted = flatten(theta), flatten(like)
+    if only:
+        chosen = matching(wanted, only, "theta_init.only")
+        given = {name: leaf for name, leaf in given.items() if name in chosen}
+        wanted = {name: leaf for name, leaf in wanted.items() if name in chosen}
+    agree(path, given, wanted)
+    leaves = [given.get(name, leaf) for name, leaf in flatten(like).items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _nested(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns flat theta as nested dicts."""
     theta: dict[str, Any] = {}
     for name, array in arrays.items():
         *folders, last = name.split("/")

@@ -128,6 +128,40 @@ def read(
     return layout, layouts.to_own(layout, arrays, groups=groups(layout)), note
 
 
+def first_theta(theta_init: Any, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads published weights where a config starts from them, so that ``build`` need not know of them.
+
+    Args:
+      theta_init: the config's section of that name.
+      optimizer: the config's section of that name; its feature groups are those that are kept.
+
+    Returns:
+      The section, with the tree as ``theta`` where its ``path`` is a file of published weights.
+
+    Raises:
+      UserError: a file that is neither published weights nor a theta file; one line.
+    """
+    section = dict(theta_init.items())
+    path = Path(section.get("path") or "")
+    if section.get("kind") != "file" or not path.is_file():
+        return section
+    names = optimizer["features"]["groups"]
+    try:
+        with files.told("the file"):
+            data = files.read_bytes(path)
+            own = files.is_safetensors(path, data) and _is_own(path)
+        if not own:
+            groups = [group for group in layouts.GROUPS if group in names]
+            section["theta"] = read(path, data, None, lambda layout: groups)[1]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return section
+
+
+def _is_own(path: Path) -> bool:
+    return files.read_safetensors(path)[1].get("format") == theta_io.FORMAT
+
+
 def import_weights(
     source: str, out: str | Path, *, variant: str | None = None, overrides: Iterable[str] = ()
 ) -> dict[str, Any]:
