@@ -25,7 +25,18 @@ from celo_nnx.errors import UserError, require, unknown
 def meta_section() -> dict[str, Any]:
     """The published meta-training (META_TRAINING section 0), unbiased where the published one is not."""
     return dict(
-        estimator=dict(kind="pes", pairs=8, std=0.01, truncation=50, finished_step="exact"),
+        estimator=dict(
+            kind="pes",
+            pairs=8,
+            weights=(),
+            std=0.01,
+            leaf_std=(),
+            sign_delta=0.0,
+            truncation=50,
+            initial_offset="uniform",
+            finished_step="exact",
+        ),
+        objective=dict(split="train", steps="all", scale="task", clip=0.0),
         unroll=dict(kind="log_uniform", minimum=100, maximum=2000),
         augmentation=dict(kind="reparametrization", level="global", low=1e-3, high=1e3),
         optimizer=dict(kind="adamw", learning_rate=1e-4, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4),
@@ -163,24 +174,36 @@ def _locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 def _defaults(path: str, kind: str) -> dict[str, Any]:
     """Returns the settings of a part that a ``kind`` override puts into a section outside ``optimizer``."""
     from celo_nnx.meta import assemble
+    from celo_nnx.meta.estimators.base import Estimator
 
     tables = {
-        "meta.estimator": assemble.ESTIMATORS,
-        "meta.unroll": assemble.TRUNCATIONS,
-        "meta.augmentation": assemble.AUGMENTATIONS,
-        "meta.optimizer": assemble.META_OPTIMIZERS,
+        "estimator": assemble.ESTIMATORS,
+        "first": assemble.ESTIMATORS,
+        "second": assemble.ESTIMATORS,
+        "truncation": assemble.TRUNCATIONS,
+        "unroll": assemble.TRUNCATIONS,
+        "augmentation": assemble.AUGMENTATIONS,
+        "optimizer": assemble.META_OPTIMIZERS,
     }
-    table = tables.get(path, {})
+    table = tables.get(path.rpartition(".")[2], {})
     if kind not in table:
         raise unknown(f"{path}.kind", kind, table)
-    simple = (bool, int, float, str, tuple)
+    if kind == "mixture":
+        sections = {name: {"kind": of} | _defaults(path, of) for name, of in MIXED.items()}
+        return sections | dict(mode="average", weight=0.5)
+    simple, own = (bool, int, float, str, tuple), Estimator.GIVEN
     found = inspect.signature(table[kind]).parameters.values()
-    return {p.name: p.default for p in found if isinstance(p.default, simple) and p.name != "devices"}
+    return {
+        p.name: p.default for p in found if isinstance(p.default, simple) and p.name not in Estimator.GIVEN
+    }
+
+
+# What a mixture mixes until its sections say otherwise.
+MIXED = {"first": "pes", "second": "truncated_es"}
 
 
 def _is_part(key: str) -> bool:
-    sections = ("meta.estimator", "meta.unroll", "meta.augmentation", "meta.optimizer")
-    return key.endswith(".kind") and (key.startswith("optimizer.") or key.removesuffix(".kind") in sections)
+    return key.endswith(".kind") and key.startswith(("optimizer.", "meta."))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -260,7 +283,7 @@ def load(source: str | ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
 def _swap(config: ConfigDict, path: str, kind: str) -> None:
     """Replaces the section of a part by another kind's defaults."""
     parent, last = _locate(config, path)
-    if parent[last].get("kind") == kind:
+    if isinstance(parent[last], ConfigDict) and parent[last].get("kind") == kind:
         return
     fresh = {} if path.startswith("optimizer.") else _defaults(path, kind)
     with parent.unlocked():

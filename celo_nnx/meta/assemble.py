@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optax
 
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.interfaces import Family, GradientEstimator, Optimizer
 from celo_nnx.meta.augmentation import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
+from celo_nnx.meta.estimators.base import Estimator
+from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.trainer import META_OPTIMIZERS, MetaTrainer
-from celo_nnx.meta.truncation import TRUNCATIONS
+from celo_nnx.meta.truncation import TRUNCATIONS, is_count
 
-SECTIONS = ("estimator", "unroll", "augmentation", "optimizer")
+SECTIONS = ("estimator", "objective", "unroll", "augmentation", "optimizer")
 
 
 def _choose(
@@ -77,7 +80,7 @@ def meta_optimizer(section: Mapping[str, Any]) -> optax.GradientTransformation:
 def build_estimator(
     meta: Mapping[str, Any], optimizer: Optimizer, families: Sequence[Family], devices: int = 1
 ) -> GradientEstimator:
-    """Builds the estimator of the meta-gradient with its unroll lengths and augmentation.
+    """Builds the estimator of the meta-gradient with its objective, unroll lengths and augmentation.
 
     Args:
       meta: ``config.meta``.
@@ -88,13 +91,54 @@ def build_estimator(
     Raises:
       UserError: for an unknown kind or key, or a value out of range.
     """
-    own = frozenset({"optimizer", "families", "unroll", "augmentation", "devices"})
-    estimator = _choose("meta.estimator", _section(meta, "estimator"), ESTIMATORS, own)
-    schedule = _choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)()
     augmentation = _choose(
         "meta.augmentation", _section(meta, "augmentation"), AUGMENTATIONS, frozenset({"task"})
     )
-    return estimator(optimizer, families, unroll=schedule, augmentation=augmentation, devices=devices)
+    objective = {"kind": "objective", **dict(meta.get("objective", {}).items())}
+    given = dict(
+        unroll=_choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)(),
+        augmentation=augmentation,
+        objective=_choose("meta.objective", objective, {"objective": Objective})(),
+        devices=devices,
+    )
+    return _estimator("meta.estimator", _section(meta, "estimator"), optimizer, families, given)
+
+
+def _estimator(
+    name: str,
+    section: Mapping[str, Any],
+    optimizer: Optimizer,
+    families: Sequence[Family],
+    given: Mapping[str, Any],
+) -> GradientEstimator:
+    """Builds the estimator of a section; a mixture's are sections of its own."""
+    values = dict(section.items())
+    if values.get("kind") == "mixture":
+        for part in ("first", "second"):
+            if part not in values:
+                raise UserError(f"the config has no section {name}.{part}")
+            values[part] = _estimator(f"{name}.{part}", values[part], optimizer, families, given)
+        return _choose(name, values, ESTIMATORS)()
+    if hasattr(values.get("truncation"), "items"):
+        values["truncation"] = _choose(f"{name}.truncation", values["truncation"], TRUNCATIONS)()
+    return _choose(name, values, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
+
+
+def pairs_of(estimator: Mapping[str, Any]) -> int:
+    """Returns how many pairs a family must be shared by the devices: a mixture's greatest common divisor.
+
+    Args:
+      estimator: ``config.meta.estimator``.
+
+    Example:
+      >>> pairs_of({"kind": "mixture", "first": {"pairs": 8}, "second": {"pairs": 12}})
+      4
+    """
+    if estimator.get("kind") == "mixture":
+        return math.gcd(*(pairs_of(estimator[part]) for part in ("first", "second") if part in estimator))
+    pairs = estimator.get("pairs", Estimator.pairs)
+    require(is_count(pairs), "meta.estimator.pairs", pairs, "an integer >= 1")
+    return pairs
 
 
 def build_trainer(

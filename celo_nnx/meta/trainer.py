@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from celo_nnx.errors import require
 from celo_nnx.interfaces import Array, GradientEstimator, Optimizer, PyTree
-from celo_nnx.meta.estimators.pes import AXIS
+from celo_nnx.meta.population import AXIS
 from celo_nnx.meta.truncation import is_count
 
 
@@ -169,7 +169,7 @@ class MetaTrainer:
     ) -> tuple[dict[str, PyTree], dict[str, Array]]:
         theta = state["theta"]
         key = jax.random.fold_in(state["key"], state["iteration"])
-        gradient, estimator, metrics = self._bound(data)(theta, state["estimator"], key)
+        gradient, estimator, metrics = self._bound(data)(theta, state["estimator"], key, state["iteration"])
         updates, meta_optimizer = self.meta_optimizer.update(gradient, state["meta_optimizer"], theta)
         theta = optax.apply_updates(theta, updates)
         metrics = {
