@@ -191,11 +191,10 @@ def _defaults(path: str, kind: str) -> dict[str, Any]:
     if kind == "mixture":
         sections = {name: {"kind": of} | _defaults(path, of) for name, of in MIXED.items()}
         return sections | dict(mode="average", weight=0.5)
-    simple, own = (bool, int, float, str, tuple), Estimator.GIVEN
+    simple = (bool, int, float, str, tuple)
     found = inspect.signature(table[kind]).parameters.values()
-    return {
-        p.name: p.default for p in found if isinstance(p.default, simple) and p.name not in Estimator.GIVEN
-    }
+    defaults = {p.name: p.default for p in found if isinstance(p.default, simple)}
+    return {name: value for name, value in defaults.items() if name not in Estimator.GIVEN}
 
 
 # What a mixture mixes until its sections say otherwise.
