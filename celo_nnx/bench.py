@@ -181,7 +181,7 @@ def synthetic_families(tasks: Mapping[str, Any]) -> list[Family]:
     for name in tasks["datasets"]:
         x = rng.random((EXAMPLES, features), np.float32)
         data = {"x": x, "y": rng.integers(0, 10, EXAMPLES).astype(np.int32)}
-        families.append(Family(name=name, task=task, train=data, test=data))
+        families.append(Family(name=name, task=task, train=data, test=data, validation=data))
     return families
 
 
@@ -199,13 +199,13 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
     """
     from celo_nnx.build import build
     from celo_nnx.devices import choose_devices
-    from celo_nnx.meta import build_trainer
+    from celo_nnx.meta import build_trainer, pairs_of
     from celo_nnx.pretrained.convert import first_theta
 
     for peer in peers:
         if peer != "naive":
             raise unknown("peer", peer, ("naive",))
-    devices = choose_devices(config.run.devices, config.meta.estimator.pairs)
+    devices = choose_devices(config.run.devices, pairs_of(config.meta.estimator))
     families = synthetic_families(config.tasks)
     start = first_theta(config.theta_init, config.optimizer)
     optimizer = build(config.optimizer, jax.random.key(0), start)

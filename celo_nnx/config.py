@@ -29,7 +29,18 @@ THETA_INIT: dict[str, Any] = dict(kind="random", noise=0.0, path="", only=())
 def meta_section() -> dict[str, Any]:
     """The published meta-training (META_TRAINING section 0), unbiased where the published one is not."""
     return dict(
-        estimator=dict(kind="pes", pairs=8, std=0.01, truncation=50, finished_step="exact"),
+        estimator=dict(
+            kind="pes",
+            pairs=8,
+            weights=(),
+            std=0.01,
+            leaf_std=(),
+            sign_delta=0.0,
+            truncation=50,
+            initial_offset="uniform",
+            finished_step="exact",
+        ),
+        objective=dict(split="train", steps="all", scale="task", clip=0.0),
         unroll=dict(kind="log_uniform", minimum=100, maximum=2000),
         augmentation=dict(kind="reparametrization", level="global", low=1e-3, high=1e3),
         optimizer=dict(
@@ -177,27 +188,36 @@ def _locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 def _defaults(path: str, kind: str) -> dict[str, Any]:
     """Returns the settings of a part that a ``kind`` override puts into a section outside ``optimizer``."""
     from celo_nnx.meta import assemble, meta_optimizers
+    from celo_nnx.meta.estimators.base import Estimator
 
     if path.startswith("meta.optimizer"):
         return meta_optimizers.defaults(path, kind)
     tables = {
-        "meta.estimator": assemble.ESTIMATORS,
-        "meta.unroll": assemble.TRUNCATIONS,
-        "meta.augmentation": assemble.AUGMENTATIONS,
+        "estimator": assemble.ESTIMATORS,
+        "first": assemble.ESTIMATORS,
+        "second": assemble.ESTIMATORS,
+        "truncation": assemble.TRUNCATIONS,
+        "unroll": assemble.TRUNCATIONS,
+        "augmentation": assemble.AUGMENTATIONS,
     }
-    table = tables.get(path, {})
+    table = tables.get(path.rpartition(".")[2], {})
     if kind not in table:
         raise unknown(f"{path}.kind", kind, table)
+    if kind == "mixture":
+        sections = {name: {"kind": of} | _defaults(path, of) for name, of in MIXED.items()}
+        return sections | dict(mode="average", weight=0.5)
     simple = (bool, int, float, str, tuple)
     found = inspect.signature(table[kind]).parameters.values()
-    return {p.name: p.default for p in found if isinstance(p.default, simple) and p.name != "devices"}
+    defaults = {p.name: p.default for p in found if isinstance(p.default, simple)}
+    return {name: value for name, value in defaults.items() if name not in Estimator.GIVEN}
+
+
+# What a mixture mixes until its sections say otherwise.
+MIXED = {"first": "pes", "second": "truncated_es"}
 
 
 def _is_part(key: str) -> bool:
-    sections = ("meta.estimator", "meta.unroll", "meta.augmentation")
-    # Below meta.optimizer any value may become a section: a schedule in the place of a number.
-    nested = key.startswith(("optimizer.", "meta.optimizer."))
-    return key.endswith(".kind") and (nested or key.removesuffix(".kind") in sections)
+    return key.endswith(".kind") and key.startswith(("optimizer.", "meta."))
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

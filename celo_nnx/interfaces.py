@@ -394,12 +394,14 @@ class Family:
       name: shown in metrics.
       task: the program; families with equal tasks run as one vmapped batch.
       train, test: arrays by name, example axis leading, numpy (put on the device once).
+      validation: examples held out of ``train`` for meta-losses on unseen data; empty where none are.
     """
 
     name: str
     task: Task
     train: dict[str, Any]
     test: dict[str, Any]
+    validation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
@@ -408,8 +410,8 @@ class TruncationSchedule(Protocol):
 
     maximum: int
 
-    def __call__(self, key: Array) -> Array:
-        """Draws a length, int32 scalar."""
+    def __call__(self, key: Array, iteration: Array | int = 0) -> Array:
+        """Draws a length at a meta-iteration, int32 scalar."""
 
 
 @runtime_checkable
@@ -419,8 +421,10 @@ class GradientEstimator(Protocol):
     def init(self, theta: PyTree, key: Array) -> PyTree:
         """Returns the estimator's state: inner problems, perturbation accumulators."""
 
-    def __call__(self, theta: PyTree, state: PyTree, key: Array) -> tuple[PyTree, PyTree, dict[str, Array]]:
-        """Returns (gradient like theta, next state, metrics).
+    def __call__(
+        self, theta: PyTree, state: PyTree, key: Array, iteration: Array | int = 0
+    ) -> tuple[PyTree, PyTree, dict[str, Array]]:
+        """Returns (gradient like theta, next state, metrics) of a meta-iteration (0 first).
 
         Metrics: ``loss`` scalar normalized meta-loss, ``family_loss`` ``[families]``, ``nonfinite``
         ``[families]`` count of non-finite inner losses in this truncation.

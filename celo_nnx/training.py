@@ -35,7 +35,7 @@ import numpy as np
 from celo_nnx.devices import choose_devices
 from celo_nnx.errors import UserError, require
 from celo_nnx.interfaces import Family, PyTree
-from celo_nnx.meta import checkpoint, lock
+from celo_nnx.meta import checkpoint, lock, pairs_of
 from celo_nnx.meta.runlog import RunLog, rows
 from celo_nnx.theta_io import FILE_NAME, save_theta
 
@@ -105,9 +105,8 @@ def train(
         if known is not None:
             stack.enter_context(lock.hold(run_dir))
             _agree(settings, _read_config(run_dir) or {}, f"the run in {run_dir}")
-        devices = choose_devices(
-            settings["run"]["devices"], settings["meta"]["estimator"]["pairs"], _recorded_devices(run_dir)
-        )
+        pairs = pairs_of(settings["meta"]["estimator"])
+        devices = choose_devices(settings["run"]["devices"], pairs, _recorded_devices(run_dir))
         work = assemble(config, devices, resumed=bool(checkpoint.steps(run_dir / "checkpoints")))
         if known is None:  # only now, so that a mistake in the config leaves no folder behind
             _make_folder(run_dir)
@@ -333,8 +332,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     seconds = options["checkpoint_seconds"]
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds >= 0
     require(number, "run.checkpoint_seconds", seconds, "a number >= 0")
-    pairs = settings["meta"]["estimator"].get("pairs")
-    require(_whole(pairs, 1), "meta.estimator.pairs", pairs, "an integer >= 1")
+    pairs_of(settings["meta"]["estimator"])
 
 
 def _whole(value: Any, least: int) -> bool:

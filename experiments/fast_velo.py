@@ -14,5 +14,6 @@ def get_config() -> ConfigDict:
             activation="relu",
             batch_size=64,
             normalizer_clip=1.5,
+            validation=0.0,
         )
     )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.interfaces import Family, GradientEstimator, Optimizer
 from celo_nnx.meta.augmentation import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
+from celo_nnx.meta.estimators.base import Estimator
 from celo_nnx.meta.frozen import frozen_mask
 from celo_nnx.meta.meta_optimizers import meta_optimizer
+from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.trainer import MetaTrainer
-from celo_nnx.meta.truncation import TRUNCATIONS
+from celo_nnx.meta.truncation import TRUNCATIONS, is_count
 
-SECTIONS = ("estimator", "unroll", "augmentation", "optimizer")
+SECTIONS = ("estimator", "objective", "unroll", "augmentation", "optimizer")
 OPTIONS = ("average", "frozen", "phases")
 
 
@@ -63,7 +66,7 @@ def _section(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def build_estimator(
     meta: Mapping[str, Any], optimizer: Optimizer, families: Sequence[Family], devices: int = 1
 ) -> GradientEstimator:
-    """Builds the estimator of the meta-gradient with its unroll lengths and augmentation.
+    """Builds the estimator of the meta-gradient with its objective, unroll lengths and augmentation.
 
     Args:
       meta: ``config.meta``.
@@ -74,13 +77,55 @@ def build_estimator(
     Raises:
       UserError: for an unknown kind or key, or a value out of range.
     """
-    own = frozenset({"optimizer", "families", "unroll", "augmentation", "devices"})
-    estimator = _choose("meta.estimator", _section(meta, "estimator"), ESTIMATORS, own)
-    schedule = _choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)()
     augmentation = _choose(
         "meta.augmentation", _section(meta, "augmentation"), AUGMENTATIONS, frozenset({"task"})
     )
-    return estimator(optimizer, families, unroll=schedule, augmentation=augmentation, devices=devices)
+    objective = {"kind": "objective", **dict(meta.get("objective", {}).items())}
+    given = dict(
+        unroll=_choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)(),
+        augmentation=augmentation,
+        objective=_choose("meta.objective", objective, {"objective": Objective})(),
+        frozen=tuple(meta.get("frozen", ())),
+        devices=devices,
+    )
+    return _estimator("meta.estimator", _section(meta, "estimator"), optimizer, families, given)
+
+
+def _estimator(
+    name: str,
+    section: Mapping[str, Any],
+    optimizer: Optimizer,
+    families: Sequence[Family],
+    given: Mapping[str, Any],
+) -> GradientEstimator:
+    """Builds the estimator of a section; a mixture's are sections of its own."""
+    values = dict(section.items())
+    if values.get("kind") == "mixture":
+        for part in ("first", "second"):
+            if part not in values:
+                raise UserError(f"the config has no section {name}.{part}")
+            values[part] = _estimator(f"{name}.{part}", values[part], optimizer, families, given)
+        return _choose(name, values, ESTIMATORS)()
+    if hasattr(values.get("truncation"), "items"):
+        values["truncation"] = _choose(f"{name}.truncation", values["truncation"], TRUNCATIONS)()
+    return _choose(name, values, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
+
+
+def pairs_of(estimator: Mapping[str, Any]) -> int:
+    """Returns how many pairs a family must be shared by the devices: a mixture's greatest common divisor.
+
+    Args:
+      estimator: ``config.meta.estimator``.
+
+    Example:
+      >>> pairs_of({"kind": "mixture", "first": {"pairs": 8}, "second": {"pairs": 12}})
+      4
+    """
+    if estimator.get("kind") == "mixture":
+        return math.gcd(*(pairs_of(estimator[part]) for part in ("first", "second") if part in estimator))
+    pairs = estimator.get("pairs", Estimator.pairs)
+    require(is_count(pairs), "meta.estimator.pairs", pairs, "an integer >= 1")
+    return pairs
 
 
 def build_trainer(
@@ -99,7 +144,6 @@ def build_trainer(
     """
     rule = meta_optimizer(_section(config.meta, "optimizer"), optimizer.theta)
     frozen = frozen_mask(optimizer.theta, config.meta.get("frozen", ()))
-    # A leaf that rests is still perturbed here: a standard deviation per leaf would be told ``frozen``.
     estimator = build_estimator(config.meta, optimizer, families, devices)
     return MetaTrainer(
         optimizer,

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from celo_nnx.errors import require
 from celo_nnx.interfaces import Array, GradientEstimator, Optimizer, PyTree
-from celo_nnx.meta.estimators.pes import AXIS
+from celo_nnx.meta.population import AXIS
 from celo_nnx.meta.truncation import is_count
 
 # LLVM avoids 512-bit vectors by default; the update MLP is faster with them where the CPU has them.
@@ -173,7 +173,7 @@ class MetaTrainer:
     ) -> tuple[dict[str, PyTree], dict[str, Array]]:
         theta = state["theta"]
         key = jax.random.fold_in(state["key"], state["iteration"])
-        gradient, estimator, metrics = self._bound(data)(theta, state["estimator"], key)
+        gradient, estimator, metrics = self._bound(data)(theta, state["estimator"], key, state["iteration"])
         gradient = self._rested(jax.tree.map(jnp.zeros_like, gradient), gradient)
         updates, meta_optimizer = self.meta_optimizer.update(gradient, state["meta_optimizer"], theta)
         theta = self._rested(theta, optax.apply_updates(theta, updates))

@@ -2,7 +2,8 @@
 
 A *pair* is two copies of one inner problem, trained with ``theta + v`` and ``theta - v``. Both see the same
 initial parameters, batches, lengths and resets, so everything but what training changes is held once a
-pair. Arrays of a batch of ``N`` pairs lead with ``[N]``, those that differ by sign with ``[N, 2]``.
+pair. Arrays of a batch of ``N`` pairs lead with ``[N]``, those that differ by sign with ``[N, 2]``; an
+estimator that does not perturb has ``[N, 1]``.
 
 One step of a problem (META_TRAINING section 3): the loss ``l`` and its gradient at the parameters on a fresh
 batch, an update with ``value=l``, and ``done`` when the trajectory has reached its length. The step after
@@ -30,6 +31,7 @@ class Problems(NamedTuple):
       inner_step: updates done in this trajectory, counting a skipped start, ``[N]`` int32.
       length: updates after which the trajectory ends, ``[N]`` int32.
       done: whether the trajectory has ended, so that the next step resets, ``[N]`` bool.
+      first: the normalized loss of the trajectory's first step, NaN before it, ``[N]``.
     """
 
     params: PyTree
@@ -39,10 +41,11 @@ class Problems(NamedTuple):
     inner_step: Array
     length: Array
     done: Array
+    first: Array
 
 
 class Source(NamedTuple):
-    """Where batches come from: example-major arrays, and each pair's part of them.
+    """Where batches come from: example-major arrays of one split, and each pair's part of them.
 
     Attributes:
       arrays: arrays by name, leading with all examples of all families of the batch.
@@ -59,11 +62,13 @@ class Record(NamedTuple):
 
     Attributes:
       loss: raw training losses before the update of each step, ``[T, N, 2]``.
+      held: raw losses of the same parameters on a batch of another split, ``[T, N, 2]``; None without one.
       done: whether the trajectory ended with the step, ``[T, N]``.
-      mask: whether the step counts (False where it was a reset), ``[T, N]``.
+      mask: whether the step counts (False where it was a reset, or beyond a shorter truncation), ``[T, N]``.
     """
 
     loss: Array
+    held: Array | None
     done: Array
     mask: Array
 
@@ -91,7 +96,12 @@ def both(function: Callable[..., PyTree], shared: int) -> Callable[..., PyTree]:
 
 
 def fresh(
-    optimizer: Optimizer, task: Task, schedule: TruncationSchedule, thetas: PyTree, keys: Array
+    optimizer: Optimizer,
+    task: Task,
+    schedule: TruncationSchedule,
+    thetas: PyTree,
+    keys: Array,
+    iteration: Array | int = 0,
 ) -> Problems:
     """Draws new pairs: sample, length, initial parameters, and the optimizer's state for that length.
 
@@ -101,6 +111,7 @@ def fresh(
       schedule: draws lengths.
       thetas: meta-parameters, leaves ``[N, 2, ...]``.
       keys: one key a pair, ``[N]``.
+      iteration: the meta-iteration, for schedules that follow it.
 
     Returns:
       Pairs at inner step 0.
@@ -109,16 +120,18 @@ def fresh(
     def one(key: Array) -> tuple[PyTree, Array, PyTree, PyTree]:
         sample_key, length_key, init_key = jax.random.split(key, 3)
         sample = task.sample(sample_key)
-        return (sample, schedule(length_key), *task.init(init_key, sample))
+        return (sample, schedule(length_key, iteration), *task.init(init_key, sample))
 
     def start(theta: PyTree, params: PyTree, length: Array) -> PyTree:
         return optimizer.with_theta(theta).init(params, length)
 
     sample, length, params, model = jax.vmap(one)(keys)
     state = both(start, shared=2)(thetas, params, length)
-    params, model = jax.tree.map(lambda x: jnp.stack([x, x], 1), (params, model))
+    signs = jax.tree.leaves(thetas)[0].shape[1]
+    params, model = jax.tree.map(lambda x: jnp.stack([x] * signs, 1), (params, model))
     zero = jnp.zeros_like(length)
-    return Problems(params, model, state, sample, zero, length, zero > 0)
+    unseen = jnp.full(length.shape, jnp.nan, jnp.float32)
+    return Problems(params, model, state, sample, zero, length, zero > 0, unseen)
 
 
 def partly_done(problems: Problems, keys: Array) -> Problems:
@@ -138,44 +151,64 @@ def _train_step(
     task: Task,
     thetas: PyTree,
     problems: Problems,
-    source: Source,
-    picked: PyTree,
+    batches: tuple[PyTree, PyTree],
     loss_keys: Array,
-) -> tuple[Problems, Array]:
-    """Takes one training step of every pair; returns the next pairs and the raw losses ``[N, 2]``."""
-    batch = jax.vmap(task.take, (None, 0))(source.arrays, picked)
+) -> tuple[Problems, Array, Array | None]:
+    """Takes one training step of every pair.
+
+    Args:
+      batches: of the training split and of the held-out one, None without one.
+
+    Returns:
+      (the next pairs, raw losses ``[N, 2]``, raw losses on the held-out batch or None).
+    """
 
     def one(
-        theta: PyTree, params: PyTree, model: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree
-    ) -> tuple[PyTree, PyTree, PyTree, Array]:
+        theta: PyTree,
+        params: PyTree,
+        model: PyTree,
+        state: PyTree,
+        key: Array,
+        batches: tuple[PyTree, PyTree],
+        sample: PyTree,
+    ) -> tuple[PyTree, PyTree, PyTree, Array, Array | None]:
+        batch, unseen = batches
+        held = None if unseen is None else task.loss(params, model, key, unseen, sample)[0]
+
         def objective(params: PyTree) -> tuple[Array, PyTree]:
             loss, next_model, _ = task.loss(params, model, key, batch, sample)
             return loss, next_model
 
         (loss, model), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, state = optimizer.with_theta(theta).update(grads, state, params, value=loss)
-        return jax.tree.map(jnp.add, params, updates), model, state, loss
+        held = None if held is None else held.astype(jnp.float32)
+        return jax.tree.map(jnp.add, params, updates), model, state, loss.astype(jnp.float32), held
 
-    params, model, state, loss = both(one, shared=3)(
-        thetas, problems.params, problems.model, problems.optimizer, loss_keys, batch, problems.sample
+    params, model, state, loss, held = both(one, shared=3)(
+        thetas, problems.params, problems.model, problems.optimizer, loss_keys, batches, problems.sample
     )
     step = problems.inner_step + 1
     done = ~problems.done & (step >= problems.length)
     moved = problems._replace(params=params, model=model, optimizer=state, inner_step=step, done=done)
-    return moved, loss.astype(jnp.float32)
+    return moved, loss, held
 
 
 def unroll(
     optimizer: Optimizer,
     task: Task,
     schedule: TruncationSchedule,
-    steps: int,
+    most: int,
     thetas: PyTree,
     problems: Problems,
     source: Source,
     keys: Array,
+    *,
+    held: Source | None = None,
+    steps: Array | int | None = None,
+    iteration: Array | int = 0,
+    differentiable: bool = False,
 ) -> tuple[Problems, Record]:
-    """Unrolls a truncation of ``steps`` steps of every pair.
+    """Unrolls a truncation of every pair.
 
     A step trains every pair; those whose trajectory had already ended are then overwritten by fresh ones.
     The loop over steps therefore runs until a step that must reset, and the reset stands outside of it: it
@@ -185,50 +218,110 @@ def unroll(
       optimizer: the optimizer, with any theta.
       task: the task of all pairs.
       schedule: draws the lengths of new trajectories.
-      steps: ``T``.
+      most: ``T``, the rows of the record.
       thetas: perturbed meta-parameters, leaves ``[N, 2, ...]``.
       problems: the pairs as the last truncation left them.
-      source: where batches come from.
+      source: where training batches come from.
       keys: one key a pair, ``[N]``; nothing else is random.
+      held: where the batches of a held-out split come from, if its losses are wanted.
+      steps: steps to do, at most ``T``, which is the default; later rows of the record have mask False.
+      iteration: the meta-iteration, for schedules that follow it.
+      differentiable: loop so that reverse mode can follow, each step computed again on the way back; all
+        ``T`` steps are done.
 
     Returns:
-      The pairs after ``T`` steps, and what happened.
+      The pairs after the steps, and what happened.
     """
     pairs = problems.length.shape[0]
+    steps = most if steps is None else steps
     draw_key, loss_key, reset_key = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
     at = jax.vmap(jax.random.fold_in, (0, None))
+    times = jnp.arange(most)
     # For all steps at once: hashing a few numbers inside the loop costs a loop of its own each time.
-    draw_keys, loss_keys = (jax.vmap(at, (None, 0))(key, jnp.arange(steps)) for key in (draw_key, loss_key))
-    picks = jax.vmap(jax.vmap(task.pick), (0, None, None))(draw_keys, source.start, source.count)
-    record = Record(
-        jnp.zeros((steps, pairs, 2), jnp.float32),
-        jnp.zeros((steps, pairs), bool),
-        jnp.zeros((steps, pairs), bool),
-    )
-    # t, pairs that the last step has to reset, the pairs, the record.
-    Carry = tuple[Array, Array, Problems, Record]
+    draw_keys, loss_keys = (jax.vmap(at, (None, 0))(key, times) for key in (draw_key, loss_key))
+    pick = jax.vmap(jax.vmap(task.pick), (0, None, None))
+    picks = pick(draw_keys, source.start, source.count), None
+    if held is not None:
+        held_keys = jax.vmap(at, (None, 0))(draw_key, most + times)
+        picks = picks[0], pick(held_keys, held.start, held.count)
+    take = jax.vmap(task.take, (None, 0))
 
-    def step(carry: Carry) -> Carry:
-        t, _, problems, record = carry
-        picked = jax.tree.map(lambda x: x[t], picks)
-        moved, loss = _train_step(optimizer, task, thetas, problems, source, picked, loss_keys[t])
-        row = Record(loss, moved.done, ~problems.done)
-        record = jax.tree.map(lambda a, r: lax.dynamic_update_index_in_dim(a, r, t, 0), record, row)
-        return t + 1, problems.done, moved, record
+    # t, pairs that the last step has to reset, the pairs.
+    Moving = tuple[Array, Array, Problems]
 
-    def reset(carry: Carry) -> Carry:
-        t, pending, problems, record = carry
-        new = fresh(optimizer, task, schedule, thetas, at(reset_key, t))
+    def step(moving: Moving) -> tuple[Moving, Record]:
+        t, _, problems = moving
+        picked, unseen = jax.tree.map(lambda x: x[t], picks)
+        batches = take(source.arrays, picked), None if held is None else take(held.arrays, unseen)
+        moved, loss, other = _train_step(optimizer, task, thetas, problems, batches, loss_keys[t])
+        return (t + 1, problems.done, moved), Record(loss, other, moved.done, ~problems.done)
+
+    def reset(moving: Moving) -> Moving:
+        t, pending, problems = moving
+        new = fresh(optimizer, task, schedule, thetas, at(reset_key, t), iteration)
 
         def choose(a: Array, b: Array) -> Array:
             return jnp.where(pending.reshape((pairs,) + (1,) * (a.ndim - 1)), a, b)
 
-        return t, jnp.zeros_like(pending), jax.tree.map(choose, new, problems), record
+        return t, jnp.zeros_like(pending), jax.tree.map(choose, new, problems)
+
+    moving = (jnp.int32(0), jnp.zeros_like(problems.done), problems)
+    if differentiable:
+        return _scan(step, reset, moving, most)
+
+    Carry = tuple[Moving, Record]
+    losses = jnp.zeros((most, *jax.tree.leaves(problems.params)[0].shape[:2]), jnp.float32)
+    flags = jnp.zeros((most, pairs), bool)
+    record = Record(losses, None if held is None else losses, flags, flags)
+
+    def recorded_step(carry: Carry) -> Carry:
+        t = carry[0][0]
+        moving, row = step(carry[0])
+        record = jax.tree.map(lambda a, r: lax.dynamic_update_index_in_dim(a, r, t, 0), carry[1], row)
+        return moving, record
 
     def segment(carry: Carry) -> Carry:
-        carry = lax.while_loop(lambda c: (c[0] < steps) & ~jnp.any(c[1]), step, carry)
-        return lax.cond(jnp.any(carry[1]), reset, lambda c: c, carry)
+        moving, record = lax.while_loop(lambda c: (c[0][0] < steps) & ~jnp.any(c[0][1]), recorded_step, carry)
+        return lax.cond(jnp.any(moving[1]), reset, lambda m: m, moving), record
 
-    carry = (jnp.int32(0), jnp.zeros_like(problems.done), problems, record)
-    _, _, problems, record = lax.while_loop(lambda c: c[0] < steps, segment, carry)
+    (_, _, problems), record = lax.while_loop(lambda c: c[0][0] < steps, segment, (moving, record))
     return problems, record
+
+
+def _scan(
+    step: Callable[..., tuple[PyTree, Record]], reset: Callable[..., PyTree], moving: PyTree, steps: int
+) -> tuple[Problems, Record]:
+    """The loop of :func:`unroll` as one that reverse mode can follow."""
+
+    def body(moving: PyTree, _: None) -> tuple[PyTree, Record]:
+        moving, row = step(moving)
+        return lax.cond(jnp.any(moving[1]), reset, lambda m: m, moving), row
+
+    (_, _, problems), record = lax.scan(jax.checkpoint(body), moving, None, length=steps)
+    return problems, record
+
+
+def losses_at_end(task: Task, problems: Problems, source: Source, keys: Array, batches: int) -> Array:
+    """The mean normalized loss of each problem on fresh batches, its parameters as they are.
+
+    Args:
+      task: the task of all pairs.
+      problems: the pairs.
+      source: where batches come from.
+      keys: one key a pair, ``[N]``.
+      batches: how many batches the mean is over.
+
+    Returns:
+      Losses ``[N, 2]``.
+    """
+
+    def one(params: PyTree, model: PyTree, key: Array, batch: PyTree, sample: PyTree) -> Array:
+        return task.normalize(task.loss(params, model, key, batch, sample)[0].astype(jnp.float32))
+
+    def add(i: Array, total: Array) -> Array:
+        draw, noise = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i)))(keys), 1, 0)
+        batch = jax.vmap(task.draw, (None, 0, 0, 0))(source.arrays, draw, source.start, source.count)
+        return total + both(one, shared=3)(problems.params, problems.model, noise, batch, problems.sample)
+
+    signs = jax.tree.leaves(problems.params)[0].shape[:2]
+    return lax.fori_loop(0, batches, add, jnp.zeros(signs, jnp.float32)) / batches

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celo_nnx.errors import UserError, unknown
+import numpy as np
+
+from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.interfaces import Family
 from celo_nnx.tasks.data import DATASETS, Data, listing, load
 from celo_nnx.tasks.image_mlp import ImageMLP
@@ -17,7 +19,16 @@ from celo_nnx.tasks.nnx_task import ModuleTask
 
 __all__ = ["DATASETS", "TASKS", "Data", "ImageMLP", "ModuleTask", "build_families", "listing", "load"]
 
-IMAGE_MLP_KEYS = ("kind", "datasets", "image_size", "hidden", "activation", "batch_size", "normalizer_clip")
+IMAGE_MLP_KEYS = (
+    "kind",
+    "datasets",
+    "image_size",
+    "hidden",
+    "activation",
+    "batch_size",
+    "normalizer_clip",
+    "validation",
+)
 
 
 def image_mlp_families(settings: Mapping[str, Any], data_dir: str = "") -> list[Family]:
@@ -55,6 +66,9 @@ def image_mlp_families(settings: Mapping[str, Any], data_dir: str = "") -> list[
         return ImageMLP(features=features, hidden=tuple(hidden), classes=classes, **values)
 
     task(features=1, classes=10)  # settings are checked before minutes may go into data
+    share = settings["validation"]
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    require(number and 0 <= share < 1, "tasks.validation", share, "a fraction in [0, 1)")
     families = []
     for name in names:
         data = load(name, size=settings["image_size"], grey=True, data_dir=data_dir)
@@ -62,11 +76,36 @@ def image_mlp_families(settings: Mapping[str, Any], data_dir: str = "") -> list[
             Family(
                 name=name,
                 task=task(data.train_x.shape[1], data.classes),
-                train={"x": data.train_x, "y": data.train_y},
                 test={"x": data.test_x, "y": data.test_y},
+                **hold_out({"x": data.train_x, "y": data.train_y}, share),
             )
         )
     return families
+
+
+def hold_out(train: Mapping[str, np.ndarray], share: float) -> dict[str, dict[str, np.ndarray]]:
+    """Holds a share of the training examples out, the same ones each time.
+
+    Args:
+      train: arrays by name, example axis leading.
+      share: which part is held out, in [0, 1); rounded to whole examples.
+
+    Returns:
+      ``{"train": ..., "validation": ...}``, each in the order of ``train``; validation is empty for 0.
+
+    Example:
+      >>> {k: len(v["x"]) for k, v in hold_out({"x": np.arange(10)}, 0.2).items()}
+      {'train': 8, 'validation': 2}
+    """
+    total = len(next(iter(train.values())))
+    held = np.zeros(total, bool)
+    held[np.random.default_rng(0).permutation(total)[: round(share * total)]] = True
+    if not held.any():
+        return {"train": dict(train), "validation": {}}
+    return {
+        "train": {name: x[~held] for name, x in train.items()},
+        "validation": {name: x[held] for name, x in train.items()},
+    }
 
 
 TASKS: dict[str, Callable[[Mapping[str, Any], str], list[Family]]] = {"image_mlp": image_mlp_families}

@@ -155,7 +155,7 @@ def test_one_truncation_without_reset_is_es_on_the_mean_loss(toy):
 
 def batches(estimator, key, steps):
     """The numbers x that each pair draws, [pairs, steps], by the documented derivation of keys."""
-    group, data = estimator.groups[0], estimator.data[0]
+    group, data = estimator.population.groups[0], estimator.data[0]["train"]
 
     def one(number):
         unroll_key = jax.random.split(jax.random.fold_in(key, number))[1]
@@ -163,7 +163,7 @@ def batches(estimator, key, steps):
 
         def draw(t):
             key = jax.random.fold_in(draw_key, t)
-            return group.task.draw(data, key, group.start[0], group.count[0])["x"]
+            return group.task.draw(data, key, group.start["train"][0], group.count["train"][0])["x"]
 
         return jax.vmap(draw)(jnp.arange(steps))
 
@@ -176,7 +176,7 @@ def test_families_count_equally_and_see_their_own_data(toy):
     apart = [toy.family("low", noisy, -3.0, -2.0), toy.family("other"), toy.family("high", noisy, 2.0, 3.0)]
     options = {"pairs": 16, "std": 0.1, "truncation": 5, "unroll": Constant(length=100)}
     estimator = PES(toy.Drift(), apart, **options)
-    assert [group.members for group in estimator.groups] == [(0, 2), (1,)]
+    assert [group.members for group in estimator.population.groups] == [(0, 2), (1,)]
     theta = {"drift": jnp.float32(0.0)}
     _, _, _, metrics = estimate(estimator, theta)
     low, other, high = np.asarray(metrics["family_loss"])

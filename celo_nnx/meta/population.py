@@ -1,0 +1,257 @@
+"""The population of inner problems: families grouped into batches, pairs numbered, devices sharing them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from celo_nnx.errors import UserError, require
+from celo_nnx.interfaces import Array, Family, PyTree, Task
+from celo_nnx.meta.truncation import is_count
+from celo_nnx.meta.unroll import Source
+
+AXIS = "particles"
+Arrays = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Families of one task, side by side in one batch: family ``f``'s pairs are ``f * pairs ...``.
+
+    Attributes:
+      task: the task after augmentation.
+      members: index of each family among all.
+      start, count: first example and number of examples of each family, for each split.
+    """
+
+    task: Task
+    members: tuple[int, ...]
+    start: dict[str, tuple[int, ...]]
+    count: dict[str, tuple[int, ...]]
+
+
+class Pairs(NamedTuple):
+    """What tells the ``N`` pairs of a group apart.
+
+    Attributes:
+      number: of the pair among all of the population, ``[N]`` int32.
+      family: index of its family, ``[N]`` int32.
+      weight: its share in the gradient, ``[N]``; all pairs' sum to 1.
+      start, count: its examples in the arrays of each split, ``[N]`` int32.
+    """
+
+    number: Array
+    family: Array
+    weight: Array
+    start: dict[str, Array]
+    count: dict[str, Array]
+
+    def source(self, data: dict[str, Arrays], split: str) -> Source:
+        """Returns where batches of a split come from."""
+        return Source(data[split], self.start[split], self.count[split])
+
+
+class Part(NamedTuple):
+    """What a group adds to a meta-iteration.
+
+    Attributes:
+      gradient: weighted sum of the pairs' estimates, ``[size of theta]``.
+      state: the group's next state.
+      loss: mean meta-loss of each pair, ``[N]``.
+      nonfinite: non-finite inner losses of each pair, ``[N]`` int32.
+    """
+
+    gradient: Array
+    state: PyTree
+    loss: Array
+    nonfinite: Array
+
+
+class Population:
+    """Pairs of inner problems over task families, each with the same number of pairs.
+
+    Families with equal tasks run as one vmapped batch, the others side by side in the same program. With
+    ``devices > 1`` pairs are spread over a mesh axis; what a pair does depends on its number only.
+
+    Args:
+      families: at least one.
+      pairs: antithetic pairs a family.
+      weights: of the families in the meta-gradient and in the mean loss; () for equal ones.
+      augmentation: makes the task that is trained from a family's task.
+      split: whose examples the meta-loss needs besides the training ones.
+      devices: how many devices share the pairs.
+
+    Raises:
+      UserError: no family, arrays that do not fit, a loss that is not a scalar, or pairs that the devices
+        cannot share equally.
+    """
+
+    def __init__(
+        self,
+        families: Sequence[Family],
+        *,
+        pairs: int,
+        weights: Sequence[float] = (),
+        augmentation: Callable[[Task], Task] = lambda task: task,
+        split: str = "train",
+        devices: int = 1,
+    ) -> None:
+        require(len(families) > 0, "number of task families", len(families), "at least 1")
+        require(is_count(pairs), "estimator.pairs", pairs, "an integer >= 1")
+        require(is_count(devices), "devices", devices, "an integer >= 1")
+        self.names = tuple(family.name for family in families)
+        self.pairs = pairs
+        self.weights = _weights(weights, self.names)
+        splits = ("train",) if split == "train" else ("train", split)
+        self.groups, self.data = _grouped(families, augmentation, splits)
+        for group, data in zip(self.groups, self.data, strict=True):
+            _check_loss(group, data, self.names[group.members[0]])
+        self.mesh = self._make_mesh(devices)
+        if self.mesh is not None:
+            self.data = jax.device_put(self.data, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _make_mesh(self, devices: int) -> Mesh | None:
+        if devices == 1:
+            return None
+        there = jax.devices()
+        legal = f"at most {len(there)}, the number of devices here"
+        require(devices <= len(there), "devices", devices, legal)
+        for group in self.groups:
+            total = len(group.members) * self.pairs
+            if total % devices:
+                raise UserError(
+                    f"devices = {devices} cannot share {total} antithetic pairs equally ({self.pairs} pairs "
+                    f"for each of {len(group.members)} families of one task): must divide {total}"
+                )
+        auto = (jax.sharding.AxisType.Auto,)
+        return jax.make_mesh((devices,), (AXIS,), axis_types=auto, devices=there[:devices])
+
+    def numbers(self, group: Group) -> Pairs:
+        """Returns what tells the pairs of a group apart."""
+
+        def spread(values: Sequence[float], dtype: Any = jnp.int32) -> Array:
+            return jnp.repeat(jnp.asarray(values, dtype), self.pairs)
+
+        family = spread(group.members)
+        share = [self.weights[i] / self.pairs for i in group.members]
+        return Pairs(
+            family * self.pairs + jnp.tile(jnp.arange(self.pairs, dtype=jnp.int32), len(group.members)),
+            family,
+            spread(share, jnp.float32),
+            {name: spread(values) for name, values in group.start.items()},
+            {name: spread(values) for name, values in group.count.items()},
+        )
+
+    def each(
+        self,
+        step: Callable[..., Part],
+        theta: PyTree,
+        states: list[PyTree],
+        data: list[dict[str, Arrays]],
+        *shared: PyTree,
+    ) -> tuple[Array, list[PyTree], dict[str, Array]]:
+        """Does ``step(group, theta, state, pairs, data, *shared)`` for every group, over all devices.
+
+        Returns:
+          (sum of the gradients ``[size of theta]``; next states; metrics ``loss``, ``family_loss`` and
+          ``nonfinite``).
+        """
+
+        def local(
+            theta: PyTree, states: list[PyTree], pairs: list[Pairs], data: list[dict], shared: PyTree
+        ) -> tuple[Array, list[PyTree], dict[str, Array]]:
+            parts = [
+                step(group, theta, *rest, *shared)
+                for group, *rest in zip(self.groups, states, pairs, data, strict=True)
+            ]
+            sums = [self._sums(part, own) for part, own in zip(parts, pairs, strict=True)]
+            total = jax.tree.map(lambda *x: sum(x), *sums)
+            if self.mesh is not None:
+                total = lax.psum(total, AXIS)
+            return total["gradient"], [part.state for part in parts], total
+
+        if self.mesh is not None:
+            # What is not sharded is the same everywhere; out_specs P() of the sums holds by psum.
+            P = PartitionSpec
+            local = jax.shard_map(
+                local,
+                mesh=self.mesh,
+                in_specs=(P(), P(AXIS), P(AXIS), P(), P()),
+                out_specs=(P(), P(AXIS), P()),
+                check_vma=False,
+            )
+        pairs = [self.numbers(group) for group in self.groups]
+        gradient, states, total = local(theta, states, pairs, data, shared)
+        family_loss = total["loss"] / self.pairs
+        loss = jnp.sum(family_loss * jnp.asarray(self.weights, jnp.float32))
+        metrics = {"loss": loss, "family_loss": family_loss, "nonfinite": total["nonfinite"]}
+        return gradient, states, metrics
+
+    def _sums(self, part: Part, pairs: Pairs) -> dict[str, Array]:
+        mine = pairs.family[None, :] == jnp.arange(len(self.names))[:, None]
+        return {
+            "gradient": part.gradient,
+            "loss": jnp.sum(jnp.where(mine, part.loss, 0.0), 1),
+            "nonfinite": jnp.sum(jnp.where(mine, part.nonfinite, 0), 1),
+        }
+
+
+def _weights(weights: Sequence[float], names: tuple[str, ...]) -> tuple[float, ...]:
+    """Returns the families' weights, of sum 1."""
+    weights = tuple(weights) or (1.0,) * len(names)
+    numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights)
+    legal = f"() or a finite number >= 0 for each of the families {', '.join(names)}, not all 0"
+    fit = numbers and len(weights) == len(names) and sum(weights) > 0
+    require(fit, "estimator.weights", weights, legal)
+    return tuple(w / sum(weights) for w in weights)
+
+
+def _grouped(
+    families: Sequence[Family], augmentation: Callable[[Task], Task], splits: Sequence[str]
+) -> tuple[list[Group], list[dict[str, Arrays]]]:
+    """Puts families with equal tasks together; returns the groups and their arrays, on the device."""
+    by_task: dict[Task, list[int]] = {}
+    for index, family in enumerate(families):
+        by_task.setdefault(family.task, []).append(index)
+    groups, data = [], []
+    for task, members in by_task.items():
+        start, count, arrays = {}, {}, {}
+        for split in splits:
+            parts = [getattr(families[i], split) for i in members]
+            forms = [{k: (v.shape[1:], v.dtype) for k, v in part.items()} for part in parts]
+            sizes = [len(next(iter(part.values()))) for part in parts]
+            for i, part, form, size in zip(members, parts, forms, sizes, strict=True):
+                if form != forms[0] or size < 1 or any(len(v) != size for v in part.values()):
+                    what = "training" if split == "train" else split
+                    raise UserError(
+                        f"the {what} arrays of task family {families[i].name!r} do not fit those of "
+                        f"{families[members[0]].name!r}, whose task is the same: {form} against {forms[0]}"
+                    )
+            start[split], count[split] = tuple(np.cumsum([0, *sizes[:-1]]).tolist()), tuple(sizes)
+            arrays[split] = {k: jax.device_put(np.concatenate([part[k] for part in parts])) for k in parts[0]}
+        groups.append(Group(augmentation(task), tuple(members), start, count))
+        data.append(arrays)
+    return groups, data
+
+
+def _check_loss(group: Group, data: dict[str, Arrays], name: str) -> None:
+    """Traces a task's loss once, so that a mistake in it is told before anything compiles."""
+    task, key = group.task, jax.random.key(0)
+
+    def loss(key: Array, arrays: Arrays) -> PyTree:
+        sample = task.sample(key)
+        params, state = task.init(key, sample)
+        return task.loss(params, state, key, task.draw(arrays, key, jnp.int32(0), jnp.int32(1)), sample)[0]
+
+    found = jax.tree.leaves(jax.eval_shape(loss, key, data["train"]))
+    if len(found) != 1 or found[0].shape != () or not jnp.issubdtype(found[0].dtype, jnp.floating):
+        shown = ", ".join(f"{x.dtype}{list(x.shape)}" for x in found)
+        raise UserError(f"the loss of task family {name!r} must be one float scalar, not {shown}")
