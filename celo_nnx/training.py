@@ -18,29 +18,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
+import math
 import os
-import platform
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from celo_nnx import run_folder
 from celo_nnx.devices import choose_devices
-from celo_nnx.errors import UserError, require
+from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Family, PyTree
 from celo_nnx.meta import checkpoint, lock, pairs_of
 from celo_nnx.meta.runlog import RunLog, rows
+from celo_nnx.phases import Phase, phase_at, plan
 from celo_nnx.theta_io import FILE_NAME, save_theta
 
-PACKAGES = ("celo-nnx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-SECTIONS = ("seed", "optimizer", "theta_init", "tasks", "meta", "run")
 Stop = Callable[[], int]
 
 
@@ -51,9 +49,9 @@ class TrainResult:
     Attributes:
       run_dir: the run folder.
       iteration: meta-iterations done over all starts.
-      finished: all of ``run.iterations`` are done.
+      finished: all of ``run.iterations``, or of the phases' budgets, are done.
       stopped_by: the number of the signal that stopped it, 0 for none.
-      theta: the meta-parameters, numpy.
+      theta: the meta-parameters, numpy; their average where ``meta.average`` keeps one.
       seconds: wall-clock time of this call's meta-iterations, the first one's compilation included.
     """
 
@@ -67,9 +65,17 @@ class TrainResult:
 
 @dataclasses.dataclass
 class Work:
-    """What a run needs in memory: the trainer, the names of its families, and its data's digests."""
+    """What a phase needs in memory.
+
+    Attributes:
+      trainer: the meta-trainer.
+      theta: shapes of its theta.
+      families: names of its task families.
+      data: digests of their data by name.
+    """
 
     trainer: Any
+    theta: PyTree
     families: tuple[str, ...]
     data: dict[str, str]
 
@@ -96,62 +102,67 @@ def train(
       >>> train(load("celo2:fast_digits", ["run.iterations=100"]), "runs/a")  # doctest: +SKIP
     """
     run_dir = Path(run_dir)
-    settings = resolve(config)
-    _check_settings(settings)
-    known = _read_config(run_dir)
+    settings = run_folder.resolve(config)
+    run_folder.check_settings(settings)
+    phases = plan(config)
+    known = run_folder.read_config(run_dir)
     if known is None:
-        _check_free(run_dir)
-    with contextlib.ExitStack() as stack, _disk_errors(run_dir):
+        run_folder.check_free(run_dir)
+    with contextlib.ExitStack() as stack, run_folder.disk_errors(run_dir):
         if known is not None:
             stack.enter_context(lock.hold(run_dir))
-            _agree(settings, _read_config(run_dir) or {}, f"the run in {run_dir}")
-        pairs = pairs_of(settings["meta"]["estimator"])
-        devices = choose_devices(settings["run"]["devices"], pairs, _recorded_devices(run_dir))
-        work = assemble(config, devices, resumed=bool(checkpoint.steps(run_dir / "checkpoints")))
+            run_folder.agree(settings, run_folder.read_config(run_dir) or {}, f"the run in {run_dir}")
+        pairs = math.gcd(*(pairs_of(phase.config["meta"]["estimator"]) for phase in phases))
+        recorded = run_folder.recorded_devices(run_dir)
+        devices = choose_devices(settings["run"]["devices"], pairs, recorded)
+        works = Works(phases, devices, max(checkpoint.steps(run_dir / "checkpoints"), default=None))
         if known is None:  # only now, so that a mistake in the config leaves no folder behind
-            _make_folder(run_dir)
+            run_folder.make_folder(run_dir)
             stack.enter_context(lock.hold(run_dir))
-            if (there := _read_config(run_dir)) is not None:
-                _agree(settings, there, f"the run in {run_dir}")
-        return _run(settings, run_dir, work, devices, progress, stop or (lambda: 0))
+            if (there := run_folder.read_config(run_dir)) is not None:
+                run_folder.agree(settings, there, f"the run in {run_dir}")
+        return _run(settings, run_dir, works, devices, progress, stop or (lambda: 0))
 
 
-@contextlib.contextmanager
-def _disk_errors(run_dir: Path) -> Iterator[None]:
-    """Tells what the operating system refuses in one line."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-        raise UserError(f"the run directory {run_dir} cannot be used: {what}") from error
+def read_families(tasks: Mapping[str, Any], data_dir: str) -> tuple[list[Family], dict[str, str]]:
+    """Returns the task families of ``config.tasks``, and the digests of their data by name."""
+    from celo_nnx.tasks import build_families
+
+    families = build_families(tasks, data_dir)
+    return families, {family.name: data_digest(family) for family in families}
 
 
-def assemble(config: Any, devices: int, resumed: bool = False) -> Work:
+def assemble(
+    config: Any, devices: int, resumed: bool = False, read: Callable[..., Any] = read_families
+) -> Work:
     """Builds the optimizer with its first theta, the task families and the trainer.
 
     Args:
-      config: the run's config.
+      config: the run's config, or a phase's.
       devices: from :func:`celo_nnx.devices.choose_devices`.
       resumed: theta comes from a checkpoint, so that a start from a file does not need the file again.
+      read: gives families and digests.
 
     Returns:
-      The run's work; theta and the root key come from ``config.seed``.
+      The work; theta and the root key come from ``config.seed``.
     """
     from celo_nnx.build import build
     from celo_nnx.meta import build_trainer
-    from celo_nnx.tasks import build_families
+    from celo_nnx.pretrained.convert import first_theta
 
-    families = build_families(config.tasks, config.run.data_dir)
+    families, data = read(config.tasks, config.run.data_dir)
     theta_key, _ = _keys(config.seed)
-    optimizer = build(config.optimizer, key=theta_key, theta_init=None if resumed else config.theta_init)
+    start = None if resumed else first_theta(config.theta_init, config.optimizer)
+    optimizer = build(config.optimizer, key=theta_key, theta_init=start)
     trainer = build_trainer(config, optimizer, families, devices=devices)
-    return Work(trainer, tuple(f.name for f in families), {f.name: data_digest(f) for f in families})
+    theta = jax.eval_shape(lambda: optimizer.theta)
+    return Work(trainer, theta, tuple(f.name for f in families), data)
 
 
 def data_digest(family: Family) -> str:
-    """Returns the SHA-256 over a family's training and test arrays."""
-    arrays = {f"train/{k}": np.asarray(v) for k, v in family.train.items()}
-    arrays |= {f"test/{k}": np.asarray(v) for k, v in family.test.items()}
+    """Returns the SHA-256 over a family's arrays."""
+    splits = {"train": family.train, "test": family.test, "validation": family.validation}
+    arrays = {f"{split}/{k}": np.asarray(v) for split, data in splits.items() for k, v in data.items()}
     return checkpoint.digest(arrays, {})
 
 
@@ -161,59 +172,134 @@ def _keys(seed: int) -> tuple[jax.Array, jax.Array]:
     return theta_key, root
 
 
+class Works:
+    """Builds the work of every phase once, so that a mistake in a late one is told at the start.
+
+    Only the work of the phase that was entered last is kept: its data lie on the device.
+
+    Args:
+      phases: of the run.
+      devices: how many are used.
+      at: meta-iterations of the newest checkpoint, None where there is none.
+
+    Attributes:
+      data: digests of all phases' data by name.
+
+    Raises:
+      UserError: a phase that cannot be built, or has another theta than the first.
+    """
+
+    def __init__(self, phases: Sequence[Phase], devices: int, at: int | None) -> None:
+        self.phases, self._devices, self._resumed = phases, devices, at is not None
+        self._read: dict[str, Any] = {}
+        self._entered: tuple[Phase, Work] | None = None
+        self.data: dict[str, str] = {}
+        current = phase_at(phases, at or 0)
+        # The one that will run comes last and stays.
+        ordered = sorted(phases, key=lambda phase: phase is current)
+        leaves = {phase.number: self._leaves(phase) for phase in ordered}
+        for phase in phases[1:]:
+            first, mine = leaves[0], leaves[phase.number]
+            for name in sorted(first.keys() | mine.keys()):
+                if first.get(name) != mine.get(name):
+                    pair = f"{mine.get(name, 'absent')}, in {phases[0].name!r} {first.get(name, 'absent')}"
+                    raise UserError(f"phase {phase.name!r} has another theta: {name!r} is {pair}")
+
+    def enter(self, phase: Phase) -> Work:
+        """Returns the work of a phase."""
+        if self._entered is None or self._entered[0] is not phase:
+            self._entered = None  # frees the arrays of the phase before
+            work = self._assemble(phase)
+            self._entered = phase, work
+        return self._entered[1]
+
+    def _assemble(self, phase: Phase) -> Work:
+        """The first phase alone starts from ``theta_init``; the others go on with what they are given."""
+        try:
+            return assemble(phase.config, self._devices, self._resumed or phase.number > 0, self._families)
+        except UserError as error:
+            raise UserError(f"phase {phase.name!r}: {error}" if phase.name else str(error)) from None
+
+    def _leaves(self, phase: Phase) -> dict[str, str]:
+        """Shape and dtype of theta's leaves in a phase, as text; notes the digests of its data."""
+        work = self.enter(phase)
+        self.data |= {f"{phase.name}/{k}" if phase.name else k: v for k, v in work.data.items()}
+        return {k: f"{x.dtype}{list(x.shape)}" for k, x in checkpoint.flatten(work.theta).items()}
+
+    def _families(self, tasks: Any, data_dir: str) -> Any:
+        """Families and digests; those of equal tasks are read once."""
+        key = json.dumps(tasks.to_dict(), sort_keys=True)
+        if key not in self._read:
+            self._read[key] = read_families(tasks, data_dir)
+        return self._read[key]
+
+
 def _run(
-    settings: dict[str, Any], run_dir: Path, work: Work, devices: int, progress: bool, stop: Stop
+    settings: dict[str, Any], run_dir: Path, works: Works, devices: int, progress: bool, stop: Stop
 ) -> TrainResult:
     """Loads the newest checkpoint, does what is left, and saves; the folder is locked."""
     options, folder = settings["run"], run_dir / "checkpoints"
-    root = _keys(settings["seed"])[1]
+    root, total = _keys(settings["seed"])[1], min(options["iterations"], works.phases[-1].end)
+    phase = phase_at(works.phases, max(checkpoint.steps(folder), default=0))
+    trainer = works.enter(phase).trainer
     # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
-    loaded = checkpoint.load(folder, jax.eval_shape(work.trainer.init, root))
-    info = _environment(devices) | {"data": work.data}
-    _note_start(run_dir, None, info)
+    loaded = checkpoint.load(folder, jax.eval_shape(trainer.init, root))
+    info = run_folder.environment(devices) | {"data": works.data}
+    run_folder.note_start(run_dir, None, info)
     start = 0
-    if loaded is None and ((run_dir / FILE_NAME).exists() or runlog_rows(run_dir)):
+    if loaded is None and ((run_dir / FILE_NAME).exists() or run_folder.has_rows(run_dir)):
         raise UserError(
             f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
         )
     if loaded is not None:
         start, state, record = loaded
-        _agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
-        _same_data(work.data, record.get("data", {}))
-        _tell_differences(record, info)
-    write_json(run_dir / "config.json", settings)
+        run_folder.agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
+        run_folder.same_data(works.data, record.get("data", {}))
+        run_folder.tell_differences(record, info)
+    run_folder.write_json(run_dir / "config.json", settings)
     log = RunLog(
         run_dir,
         start,
-        options["iterations"],
+        total,
         progress=progress and options["progress"],
         tensorboard=options["tensorboard"],
         wandb=options["wandb"],
         name=run_dir.absolute().name,
     )
-    _note_start(run_dir, start, info)
+    run_folder.note_start(run_dir, start, info)
 
     def save(iteration: int, state: PyTree) -> None:
         log.sync()
         checkpoint.save(folder, iteration, state, {"config": settings, **info}, options["keep"])
-        save_theta(run_dir / FILE_NAME, state["theta"], _theta_header(settings, iteration))
+        save_learned(iteration, state)
+
+    def save_learned(iteration: int, state: PyTree) -> None:
+        at = phase_at(works.phases, iteration)
+        save_theta(run_dir / FILE_NAME, learned(state), run_folder.theta_header(settings, iteration, at))
 
     with contextlib.closing(log):
         begin = time.monotonic()
         if loaded is None:
-            state = work.trainer.init(root)
+            state = trainer.init(root)
             save(0, state)
-        state, iteration, signum = _iterate(settings, work, state, start, log, save, stop)
-        theta = jax.device_get(state["theta"])
+        state, iteration, signum = _iterate(options, total, works, root, state, start, log, save, stop)
         if iteration == start:  # the file may be older than the checkpoint, after a kill between the two
-            save_theta(run_dir / FILE_NAME, theta, _theta_header(settings, iteration))
+            save_learned(iteration, state)
     seconds = time.monotonic() - begin
-    return TrainResult(run_dir, iteration, iteration >= options["iterations"], signum, theta, seconds)
+    theta = jax.device_get(learned(state))
+    return TrainResult(run_dir, iteration, iteration >= total, signum, theta, seconds)
+
+
+def learned(state: Mapping[str, PyTree]) -> PyTree:
+    """Returns what a run has learned: the average of theta where the state keeps one, else theta."""
+    return state["average"]["theta"] if "average" in state else state["theta"]
 
 
 def _iterate(
-    settings: dict[str, Any],
-    work: Work,
+    options: Mapping[str, Any],
+    total: int,
+    works: Works,
+    root: jax.Array,
     state: PyTree,
     iteration: int,
     log: RunLog,
@@ -222,25 +308,37 @@ def _iterate(
 ) -> tuple[PyTree, int, int]:
     """Runs dispatches until all is done or ``stop``; ends with a checkpoint of the last iteration.
 
-    The metrics of a dispatch are read while the next one runs, so the device never waits for the host.
+    The metrics of a dispatch are read while the next one runs, so the device never waits for the host. A
+    phase is left when the next one's first dispatch is due: a checkpoint at a boundary is the ended phase's.
     """
-    total, most = settings["run"]["iterations"], settings["run"]["iterations_per_dispatch"]
     waiting: list[tuple[Any, int, int]] = []
+    phase = phase_at(works.phases, iteration)
+    work = works.enter(phase)
 
     def flush() -> None:
         while waiting:
             metrics, first, count = waiting.pop(0)
-            log.write(rows(jax.device_get(metrics), first, count, work.families, time.time()))
+            values = jax.device_get(metrics)
+            log.write(rows(values, first, count, work.families, time.time(), phase.name))
 
     saved, last = iteration, time.monotonic()
     signum = 0
     while iteration < total and not (signum := stop()):
-        count = min(most, total - iteration)
+        if iteration == phase.end:
+            flush()
+            if saved != iteration:
+                save(iteration, state)
+                saved, last = iteration, time.monotonic()
+            theta = jax.device_get(state["theta"])
+            phase = works.phases[phase.number + 1]
+            work = works.enter(phase)
+            state = work.trainer.init(root, theta, iteration=iteration, phase=phase.number)
+        count = min(options["iterations_per_dispatch"], min(total, phase.end) - iteration)
         state, metrics = work.trainer.run(state, count)
         flush()
         waiting.append((metrics, iteration, count))
         iteration += count
-        if time.monotonic() - last >= settings["run"]["checkpoint_seconds"]:
+        if time.monotonic() - last >= options["checkpoint_seconds"]:
             flush()
             save(iteration, state)
             saved, last = iteration, time.monotonic()
@@ -274,184 +372,3 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def resolve(config: Any) -> dict[str, Any]:
-    """Returns the config as JSON values (tuples become lists), the form that is stored and compared."""
-    try:
-        return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the config has a value that JSON cannot hold: {error}") from error
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Lists the keys outside ``run`` whose values differ.
-
-    Returns:
-      (dotted key, value in ``one``, value in ``other``), sorted; an absent value is ``"(absent)"``.
-
-    Example:
-      >>> differences({"a": {"b": 1}, "run": 1}, {"a": {"b": 2}, "run": 2})
-      [('a.b', 1, 2)]
-    """
-    flat_one, flat_other = _flat(one), _flat(other)
-    result = []
-    for key in sorted(flat_one.keys() | flat_other.keys()):
-        pair = flat_one.get(key, "(absent)"), flat_other.get(key, "(absent)")
-        if key.split(".")[0] != "run" and pair[0] != pair[1]:
-            result.append((key, *pair))
-    return result
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _agree(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
-    found = differences(mine, theirs)
-    if found:
-        text = "; ".join(f"{key} = {a!r} here, {b!r} there" for key, a, b in found)
-        raise UserError(
-            f"the config differs from that of {where}: {text} (only run.* may change; use a new --run-dir)"
-        )
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    missing = [name for name in SECTIONS if name not in settings]
-    if missing:
-        raise UserError(f"the config lacks {', '.join(missing)}")
-    seed, options = settings["seed"], settings["run"]
-    require(_whole(seed, 0) and seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
-    for name, least in (("iterations", 0), ("iterations_per_dispatch", 1), ("keep", 1), ("devices", 0)):
-        require(_whole(options[name], least), f"run.{name}", options[name], f"an integer >= {least}")
-    seconds = options["checkpoint_seconds"]
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds >= 0
-    require(number, "run.checkpoint_seconds", seconds, "a number >= 0")
-    pairs_of(settings["meta"]["estimator"])
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _read_config(run_dir: Path) -> dict[str, Any] | None:
-    """Returns the run's config, or None where there is no run yet."""
-    content = read_json(run_dir / "config.json")
-    if content is None:
-        return None
-    if not isinstance(content, dict) or any(name not in content for name in SECTIONS):
-        raise UserError(f"{run_dir / 'config.json'} is not the config of a run; choose another --run-dir")
-    return content
-
-
-def _check_free(run_dir: Path) -> None:
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"{run_dir} is a file, not a run directory; choose another --run-dir")
-    # A start that was killed before it wrote its config leaves a lock file.
-    others = sorted(p.name for p in run_dir.iterdir() if p.name != lock.LOCK_NAME) if run_dir.exists() else []
-    others = [name for name in others if not name.startswith("config.json.")]
-    if others:
-        raise UserError(
-            f"{run_dir} is not a run directory: it holds {others[0]!r} and no config.json; "
-            "choose another --run-dir"
-        )
-
-
-def _make_folder(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run directory {run_dir}: {error.strerror}") from error
-
-
-def _environment(devices: int) -> dict[str, Any]:
-    """What bit-identity depends on besides the config and the data."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    device = jax.local_devices()[0]
-    kind = {"platform": device.platform, "kind": device.device_kind, "count": devices}
-    return {"versions": versions, "devices": kind, "xla_flags": os.environ.get("XLA_FLAGS", "")}
-
-
-def _recorded_devices(run_dir: Path) -> int:
-    """How many CPU devices the run has used, 0 if none is known."""
-    info = read_json(run_dir / "run_info.json")
-    try:
-        devices = info["starts"][-1]["devices"]
-        return int(devices["count"]) if devices["platform"] == "cpu" else 0
-    except (TypeError, KeyError, IndexError, ValueError):
-        return 0
-
-
-def runlog_rows(run_dir: Path) -> bool:
-    """Tells whether the run has logged anything."""
-    path = run_dir / "metrics.jsonl"
-    return path.exists() and path.stat().st_size > 0
-
-
-def _note_start(run_dir: Path, iteration: int | None, info: dict[str, Any]) -> None:
-    """Notes a start in ``run_info.json``; without an iteration only checks that it can be noted."""
-    path = run_dir / "run_info.json"
-    before = read_json(path)
-    starts = before.get("starts", []) if isinstance(before, dict) else []
-    if not isinstance(starts, list):
-        raise UserError(f"{path} is not the record of a run's starts; remove it to go on without")
-    if iteration is None:
-        return
-    start = {"time": round(time.time(), 3), "iteration": iteration}
-    start |= {k: v for k, v in info.items() if k != "data"}
-    write_json(path, {"data": info["data"], "starts": [*starts, start]})
-
-
-def _same_data(mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            there = str(theirs.get(name, "(absent)"))
-            raise UserError(
-                f"data set {name!r} has changed since the run began: sha256 {value[:12]}... here, "
-                f"{there[:12]}... in the checkpoint; bring back the old data or use a new --run-dir"
-            )
-
-
-def _tell_differences(record: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    keys = ("versions", "devices", "xla_flags")
-    found = differences({k: record.get(k) for k in keys}, {k: info[k] for k in keys})
-    if found:
-        text = ", ".join(f"{key} {a!r} -> {b!r}" for key, a, b in found)
-        print(f"note: not bit-identical to an uninterrupted run from here on: {text}", file=sys.stderr)
-
-
-def _theta_header(settings: dict[str, Any], iteration: int) -> dict[str, str]:
-    return {"config": checkpoint.canonical(settings), "iteration": str(iteration)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is the old one or the new one, whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_json(path: Path) -> Any:
-    """Returns the file's JSON value, None where there is no file.
-
-    Raises:
-      UserError: unreadable, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error})".replace("\n", " ")) from error

@@ -14,27 +14,33 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from celo_nnx import training
+
+THETA = {"rule": {"w": np.ones((3, 2), np.float32), "b": np.zeros((2,), np.float32)}}
 
 
 class FakeTrainer:
     """Follows noisy gradients of a quadratic: every leaf kind of a real state, and chaos enough."""
 
-    def __init__(self, per: int, pause: float = 0.0) -> None:
+    def __init__(self, per: int, pause: float = 0.0, rate: float = 1e-3) -> None:
         self.iterations_per_dispatch, self.pause = per, pause
-        self.rule = optax.adamw(1e-2)
+        self.rule = optax.adamw(10 * rate)
         self._run = jax.jit(self._iterations, donate_argnums=0)
 
-    def init(self, key: jax.Array) -> dict[str, Any]:
-        theta = {"rule": {"w": jnp.ones((3, 2)), "b": jnp.zeros((2,))}}
-        first = {"problem": jax.random.normal(key, (2, 3)), "age": jnp.zeros((2,), jnp.int32)}
+    def init(
+        self, key: jax.Array, theta: Any = None, *, iteration: int = 0, phase: int = 0
+    ) -> dict[str, Any]:
+        theta = jax.tree.map(jnp.array, THETA if theta is None else theta)
+        start = jax.random.fold_in(key, phase)
+        first = {"problem": jax.random.normal(start, (2, 3)), "age": jnp.zeros((2,), jnp.int32)}
         return {
             "theta": theta,
             "meta_optimizer": self.rule.init(theta),
             "estimator": first,
-            "iteration": jnp.int32(0),
+            "iteration": jnp.int32(iteration),
             "key": jnp.copy(key),
         }
 
@@ -98,9 +104,10 @@ def config(iterations: int = 12, **run: Any) -> dict[str, Any]:
 def assembled(pause: float = 0.0, data: str = "0" * 64) -> Any:
     """Patches :func:`celo_nnx.training.assemble` to give the stand-in."""
 
-    def assemble(config: Any, devices: int, resumed: bool = False) -> training.Work:
+    def assemble(config: Any, devices: int, resumed: bool = False, read: Any = None) -> training.Work:
         per = config["run"]["iterations_per_dispatch"]
-        return training.Work(trainer(per, pause), ("one", "two"), {"one": data})
+        rate = config["meta"]["optimizer"]["learning_rate"]
+        return training.Work(trainer(per, pause, rate), THETA, ("one", "two"), {"one": data})
 
     return mock.patch.object(training, "assemble", assemble)
 

@@ -19,7 +19,9 @@ Row = dict[str, Any]
 SCALARS = ("loss", "gradient_norm", "theta_norm", "update_norm")
 
 
-def rows(metrics: dict[str, Any], start: int, count: int, families: Sequence[str], now: float) -> list[Row]:
+def rows(
+    metrics: dict[str, Any], start: int, count: int, families: Sequence[str], now: float, phase: str = ""
+) -> list[Row]:
     """Turns one dispatch's metrics into rows, one a meta-iteration.
 
     Args:
@@ -28,6 +30,7 @@ def rows(metrics: dict[str, Any], start: int, count: int, families: Sequence[str
       count: meta-iterations in it.
       families: names of the task families, in the order of ``family_loss``'s last axis.
       now: seconds since the epoch.
+      phase: name of the phase, where the run has phases.
 
     Returns:
       Rows; a number that is not finite is None (JSON has no NaN); ``nonfinite`` counts the non-finite
@@ -36,7 +39,7 @@ def rows(metrics: dict[str, Any], start: int, count: int, families: Sequence[str
     scalars = [name for name in SCALARS if name in metrics]
     result = []
     for i in range(count):
-        row: Row = {"iteration": start + i + 1}
+        row: Row = {"iteration": start + i + 1} | ({"phase": phase} if phase else {})
         row |= {name: finite(metrics[name][i]) for name in scalars}
         row["family_loss"] = dict(zip(families, map(finite, metrics["family_loss"][i]), strict=True))
         row["nonfinite"] = dict(zip(families, map(int, metrics["nonfinite"][i]), strict=True))
@@ -276,7 +279,7 @@ def _flat(row: Row) -> dict[str, float]:
     flat = {}
     for name, value in row.items():
         for inner, number in value.items() if isinstance(value, dict) else [("", value)]:
-            if number is not None and name not in ("iteration", "time"):
+            if number is not None and name not in ("iteration", "phase", "time"):
                 flat[f"{name}/{inner}" if inner else name] = number
     return flat
 
