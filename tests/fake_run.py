@@ -74,8 +74,22 @@ class FakeTrainer:
         return jax.lax.fori_loop(0, n, body, (state, rows))
 
 
+class Averaging(FakeTrainer):
+    """Keeps an average of theta beside it, of sorts: half of it."""
+
+    def init(self, *args: Any, **options: Any) -> dict[str, Any]:
+        return self._with_average(super().init(*args, **options))
+
+    def _iterations(self, state: Any, n: jax.Array) -> tuple[Any, Any]:
+        state, rows = super()._iterations({k: v for k, v in state.items() if k != "average"}, n)
+        return self._with_average(state), rows
+
+    def _with_average(self, state: Any) -> dict[str, Any]:
+        return state | {"average": {"theta": jax.tree.map(lambda x: 0.5 * x, state["theta"])}}
+
+
 # One program for all runs of a process.
-trainer = functools.cache(FakeTrainer)
+shared = functools.cache(FakeTrainer)
 
 
 def config(iterations: int = 12, **run: Any) -> dict[str, Any]:
@@ -101,13 +115,14 @@ def config(iterations: int = 12, **run: Any) -> dict[str, Any]:
     }
 
 
-def assembled(pause: float = 0.0, data: str = "0" * 64) -> Any:
+def assembled(pause: float = 0.0, data: str = "0" * 64, trainer: Any = None) -> Any:
     """Patches :func:`celo_nnx.training.assemble` to give the stand-in."""
 
     def assemble(config: Any, devices: int, resumed: bool = False, read: Any = None) -> training.Work:
         per = config["run"]["iterations_per_dispatch"]
         rate = config["meta"]["optimizer"]["learning_rate"]
-        return training.Work(trainer(per, pause, rate), THETA, ("one", "two"), {"one": data})
+        made = trainer or shared(per, pause, rate)
+        return training.Work(made, THETA, ("one", "two"), {"one": data})
 
     return mock.patch.object(training, "assemble", assemble)
 

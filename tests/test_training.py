@@ -322,3 +322,17 @@ def test_damaged_start_record(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, copy)
     (copy / "run_info.json").write_text('{"starts": 5}')
     refused("not the record of a run's starts", copy)
+
+
+def test_the_average_is_what_a_run_gives_away(tmp_path: Path) -> None:
+    config = fake_run.config(4)
+    config["meta"]["average"] = 0.9
+    made = fake_run.Averaging(2)
+    with fake_run.assembled(trainer=made):
+        result = training.train(config, tmp_path / "a")
+    state, _ = checkpoint.load_step(tmp_path / "a" / "checkpoints", 4, made.init(jax.random.key(0)))
+    theta, average = (x["rule"]["w"] for x in (state["theta"], state["average"]["theta"]))
+    assert (np.asarray(theta) != average).all()
+    np.testing.assert_array_equal(load_theta(tmp_path / "a")["rule"]["w"], average)
+    np.testing.assert_array_equal(result.theta["rule"]["w"], average)
+    assert read_metadata(tmp_path / "a")["average"] == "0.9"

@@ -11,6 +11,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from celo_nnx.config import load
 from celo_nnx.errors import UserError
 from celo_nnx.meta.meta_optimizers import defaults, meta_optimizer, rules
 
@@ -146,6 +147,57 @@ def test_a_rule_with_its_defaults_and_a_rate_updates(kind: str) -> None:
         np.isfinite(x).all() and not np.array_equal(x, y)
         for x, y in zip(*map(jax.tree.leaves, (after, THETA)), strict=True)
     )
+
+
+CHAIN = "({'kind':'clip_by_global_norm','max_norm':1.0},{'kind':'adam','learning_rate':0.1})"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "direct"),
+    [
+        (("kind=lion", "learning_rate=0.01", "b1=0.5"), lambda: optax.lion(0.01, b1=0.5)),
+        (
+            # A part of the schedule before the schedule, and this before the rule: the order says nothing.
+            (
+                "learning_rate.decay_steps=8",
+                "learning_rate.init_value=0.3",
+                "learning_rate.kind=cosine_decay_schedule",
+                "kind=lion",
+            ),
+            lambda: optax.lion(optax.cosine_decay_schedule(0.3, 8)),
+        ),
+        (
+            ("kind=chain", f"transforms={CHAIN}"),
+            lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+        ),
+        (
+            ("clip_norm=2", "learning_rate=0.1"),
+            lambda: optax.chain(optax.clip_by_global_norm(2.0), optax.adamw(0.1)),
+        ),
+        ((), lambda: optax.adamw(1e-4)),
+    ],
+    ids=["kind", "schedule", "chain", "clip", "default"],
+)
+def test_overrides_of_a_config(overrides: tuple[str, ...], direct: Any) -> None:
+    config = load("celo2:fast_digits", [f"meta.optimizer.{text}" for text in overrides])
+    same(follow(meta_optimizer(config.meta.optimizer)), follow(direct()))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("meta.optimizer.kind=lionn", "'lionn' .did you mean 'lion'"),
+        ("meta.optimizer.learning_rate.kind=cosine_decay", "did you mean 'cosine_decay_schedule'"),
+        ("meta.optimizer.clip_nor=1", "did you mean 'clip_norm'"),
+        ("meta.optimizer.warmup=1.5", "expected int"),
+        ("meta.froze=schedule/", "did you mean 'frozen'"),
+        ("meta.average=much", "expected float"),
+    ],
+)
+def test_mistakes_in_overrides(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load("celo2:fast_digits", [override])
+    assert "\n" not in str(caught.value)
 
 
 def test_only_rules_have_names() -> None:
