@@ -263,10 +263,10 @@ def usage(path: Path) -> str:
     folder = str(path)
     return "\n".join(
         [
-            "import json",
+            "import json, pathlib",
             "from celo_nnx.build import build",
             "",
-            f"config = json.load(open({str(path / 'config.json')!r}))",
+            f"config = json.loads(pathlib.Path({str(path / 'config.json')!r}).read_text())",
             f'optimizer = build(config["optimizer"], theta_init={{"kind": "file", "path": {folder!r}}})',
             "tx = optimizer.as_optax(num_steps=1000)  # the length of your training run",
         ]

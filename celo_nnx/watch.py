@@ -46,31 +46,29 @@ def watch(paths: Sequence[str], *, every: float = 1.0, once: bool = False) -> No
       >>> watch(["runs/a"], once=True)  # doctest: +SKIP
     """
     require(0.1 <= every <= 3600, "every", every, "a number of seconds from 0.1 to 3600")
-    runs = [RunFolder(path) for path in paths]
-    live = sys.stdout.isatty() and not once
     with contextlib.suppress(AttributeError):  # a stream of another encoding shows "?"
         sys.stdout.reconfigure(errors="replace")
-    console = Console(highlight=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        runs, console = [RunFolder(path) for path in paths], Console(highlight=False)
+        if once or not sys.stdout.isatty():
+            console.print(picture(runs, console))
+            return
+        with Live(console=console, auto_refresh=False) as display:
+            while True:
+                display.update(picture(runs, console), refresh=True)
+                if all(run.state() == "finished" for run in runs):
+                    return
+                time.sleep(every)
+                for run in runs:
+                    run.read()
 
-    def picture() -> RenderableType:
-        now = time.time()
-        return (
-            full(runs[0], now, console.width, console.height)
-            if len(runs) == 1
-            else table(runs, now, console.width)
-        )
 
-    if not live:
-        console.print(picture())
-        return
-    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as display:
-        while True:
-            display.update(picture(), refresh=True)
-            if all(run.state() == "finished" for run in runs):
-                return
-            time.sleep(every)
-            for run in runs:
-                run.read()
+def picture(runs: Sequence[RunFolder], console: Console) -> RenderableType:
+    """What is shown of runs now, to fit a console."""
+    now = time.time()
+    if len(runs) == 1:
+        return full(runs[0], now, console.width, console.height)
+    return table(runs, now, console.width)
 
 
 def full(run: RunFolder, now: float, width: int, height: int) -> RenderableType:
@@ -116,10 +114,8 @@ def notes(run: RunFolder) -> list[Text]:
     out = []
     resumed = [start.iteration for start in run.starts[1:]]
     if resumed:
-        last = ", ".join(f"{iteration:,}" for iteration in resumed[-5:])
-        out.append(
-            Text(f"resumed {len(resumed)} times, last from {last}" if resumed[5:] else f"resumed from {last}")
-        )
+        times = "once" if len(resumed) == 1 else f"{len(resumed):,} times"
+        out.append(Text(f"resumed {times}, last from iteration {resumed[-1]:,}"))
     if run.metrics.bad:
         out.append(Text(f"{run.metrics.bad:,} lines of metrics.jsonl are not rows", style="yellow"))
     return out
