@@ -90,12 +90,13 @@ def html(run: RunFolder, now: float | None = None) -> str:
       now: seconds since the epoch.
     """
     state = run.state(now)
-    description, drawing = described(run.config.get("optimizer"), run.name)
+    name = printable(run.path.absolute().name)
+    description, drawing = described(run.config.get("optimizer"), name)
     preset, changed = compared(run.config)
     data = run.info.get("data")
     return page.render(
         "run_report.html",
-        title=f"Meta-training run {printable(run.path.absolute().name)}",
+        title=f"Meta-training run {name}",
         summary=summary(run, state),
         state=state,
         window=min(LAST, len(run.metrics)),
