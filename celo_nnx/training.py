@@ -37,6 +37,7 @@ from celo_nnx.errors import UserError, require
 from celo_nnx.interfaces import Family, PyTree
 from celo_nnx.meta import checkpoint, lock, pairs_of
 from celo_nnx.meta.runlog import RunLog, rows
+from celo_nnx.run_folder import read_json
 from celo_nnx.theta_io import FILE_NAME, save_theta
 
 PACKAGES = ("celo-nnx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -294,7 +295,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
       >>> differences({"a": {"b": 1}, "run": 1}, {"a": {"b": 2}, "run": 2})
       [('a.b', 1, 2)]
     """
-    flat_one, flat_other = _flat(one), _flat(other)
+    flat_one, flat_other = flat(one), flat(other)
     result = []
     for key in sorted(flat_one.keys() | flat_other.keys()):
         pair = flat_one.get(key, "(absent)"), flat_other.get(key, "(absent)")
@@ -303,13 +304,19 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     return result
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested dicts by dotted key.
+
+    Example:
+      >>> flat({"a": {"b": 1, "c": {}}})
+      {'a.b': 1, 'a.c': {}}
+    """
     if not isinstance(tree, Mapping) or not tree:
         return {prefix: tree}
-    flat: dict[str, Any] = {}
+    out: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+        out |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
 
 
 def _agree(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
@@ -441,17 +448,3 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def read_json(path: Path) -> Any:
-    """Returns the file's JSON value, None where there is no file.
-
-    Raises:
-      UserError: unreadable, or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error})".replace("\n", " ")) from error

@@ -36,6 +36,22 @@ ALLOWED = {
     "meta": LEAVES,
     "tasks": LEAVES,
     "evaluation": LEAVES | {"tasks", "optimizer"},
+    "series": set(),
+    "run_folder": LEAVES | {"meta"},
+    "watch": LEAVES | {"meta", "run_folder", "series"},
+    "run_report": LEAVES
+    | {
+        "build",
+        "config",
+        "description",
+        "diagram",
+        "evaluation",
+        "meta",
+        "pretrained",
+        "run_folder",
+        "series",
+    }
+    | {"training"},
     "theta_io": LEAVES | {"meta"},
     "build": LEAVES | {"components", "optimizer", "precision", "tensors", "theta_io"},
     "description": LEAVES | {"build", "optimizer", "tensors"},
