@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -72,6 +73,21 @@ def _train(args: argparse.Namespace) -> int:
     print(json.dumps(row | {"stopped_by": result.stopped_by, "seconds": round(result.seconds, 3)}))
     if not result.finished:
         print("stopped and saved; the same command goes on from here", file=sys.stderr)
+    print(f"its curves as a page: celo-nnx report {shlex.quote(args.run_dir)}", file=sys.stderr)
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from celo_nnx.watch import watch
+
+    watch(args.run_dirs, every=args.every, once=args.once)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from celo_nnx.run_report import write
+
+    print(f"report: {write(args.run_dir, args.out)}")
     return 0
 
 
@@ -194,6 +210,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     config(sub)
     sub.add_argument("--run-dir", required=True, metavar="DIR", help="the run folder")
+
+    sub = command(
+        "watch",
+        _watch,
+        "follow meta-training in the terminal until it is finished or Ctrl-C; without a terminal, show once",
+        "watch runs/a",
+        "watch runs/* --once",
+    )
+    sub.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR", help="a run folder of train; several are a table"
+    )
+    sub.add_argument("--once", action="store_true", help="show and end")
+    text = "time between two looks (default 1)"
+    sub.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help=text)
+
+    sub = command(
+        "report",
+        _report,
+        "one HTML file on a meta-training run, under way or over: what ran, curves, time, how to use theta",
+        "report runs/a",
+        "report runs/a --out a.html",
+    )
+    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder of train")
+    sub.add_argument(
+        "--out", metavar="FILE", help="a new file (default RUN_DIR/report.html, which is renewed)"
+    )
 
     sub = command(
         "replay",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from celo_nnx.build import GROUPS, PLAIN, SCALARS, SLOTS, find, parameters
+from celo_nnx.errors import printable
 from celo_nnx.interfaces import MetaParam
 from celo_nnx.optimizer import LearnedOptimizer, Settings
 from celo_nnx.tensors import Tensors, tensor_paths
@@ -151,11 +152,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return format(value, ".6g") if math.isclose(float(format(value, ".6g")), value) else repr(value)
     return printable(str(value))
-
-
-def printable(text: str) -> str:
-    """Returns a text without what a terminal or an XML file would take amiss."""
-    return text if text.isprintable() and text else repr(text)
 
 
 def _widths(optimizer: LearnedOptimizer) -> dict[tuple[str, str], int]:

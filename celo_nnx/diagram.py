@@ -14,7 +14,8 @@ from xml.sax.saxutils import escape
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.description import NUMBERS, Row, general, printable, rows, totals, wrapped
+from celo_nnx.description import NUMBERS, Row, general, rows, totals, wrapped
+from celo_nnx.errors import printable
 from celo_nnx.optimizer import LearnedOptimizer
 
 LEFT = (

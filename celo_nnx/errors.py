@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the wording that its messages share."""
+"""The one exception that a user's mistake raises, and the wording that messages share."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def require(condition: bool, name: str, value: object, legal: str) -> None:
     """
     if not condition:
         raise UserError(f"{name} = {value!r} is out of range: must be {legal}")
+
+
+def printable(text: str) -> str:
+    """Returns a text without what a terminal or an XML file would take amiss.
+
+    Example:
+      >>> printable("a b"), printable("a\\x1b")
+      ('a b', "'a\\\\x1b'")
+    """
+    return text if text.isprintable() and text else repr(text)

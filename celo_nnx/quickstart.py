@@ -26,8 +26,8 @@ from celo_nnx.devices import choose_devices, cores
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation import report
 from celo_nnx.evaluation.curves import train_curves, tune
+from celo_nnx.evaluation.page import number
 from celo_nnx.evaluation.plots import MetaCurve, Method, to_svg, training_figure
-from celo_nnx.evaluation.report import number
 from celo_nnx.tasks import build_families
 from celo_nnx.theta_io import load_theta
 

@@ -1,221 +1,321 @@
-"""A run folder's files, and the checks that keep one run from overwriting another."""
+"""What a run folder says: config, starts and metrics, read as data while the run goes on. Needs no JAX."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
+import dataclasses
 import json
+import math
 import os
-import platform
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import jax
+import numpy as np
 
-from celo_nnx.errors import UserError, require
-from celo_nnx.meta import checkpoint, lock
-from celo_nnx.phases import Phase
+from celo_nnx.errors import UserError, printable
+from celo_nnx.meta import lock
+from celo_nnx.meta.runlog import SCALARS, parse
 
-PACKAGES = ("celo-nnx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-SECTIONS = ("seed", "optimizer", "theta_init", "tasks", "meta", "run")
-
-
-@contextlib.contextmanager
-def disk_errors(run_dir: Path) -> Iterator[None]:
-    """Tells what the operating system refuses in one line."""
-    try:
-        yield
-    except OSError as error:
-        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-        raise UserError(f"the run directory {run_dir} cannot be used: {what}") from error
+LARGEST = 64 * 2**20  # bytes of config.json and of run_info.json
+LONGEST = 2**20  # bytes of a line of metrics.jsonl
+FAMILIES = 256  # the most task families that are told apart
+RECENT = 60.0  # seconds; where a file system has no locks, a run that wrote since then is taken to be alive
+MARKS = 21  # reports that the speed is measured over
 
 
-def resolve(config: Any) -> dict[str, Any]:
-    """Returns the config as JSON values (tuples become lists), the form that is stored and compared."""
-    try:
-        return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the config has a value that JSON cannot hold: {error}") from error
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A start of the run, the first or a resumption.
+
+    Attributes:
+      time: seconds since the epoch.
+      iteration: meta-iterations done before it.
+      info: what else ``run_info.json`` says of it, such as versions and devices.
+    """
+
+    time: float
+    iteration: int
+    info: Mapping[str, Any]
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Lists the keys outside ``run`` whose values differ.
+class Metrics:
+    """The rows of a growing ``metrics.jsonl`` as columns; :meth:`read` reads only what was appended.
 
-    Returns:
-      (dotted key, value in ``one``, value in ``other``), sorted; an absent value is ``"(absent)"``.
+    A torn last line waits for the next reading. A resumed run cuts its file back, and then everything is
+    read anew. A line that is no row, or not after the row before it, is left out and counted.
+
+    Args:
+      path: the file; as long as it is missing there are no rows.
+
+    Attributes:
+      bad: how many lines were left out.
+      phases: (iteration, name) of the first row of every phase, where rows name one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._clear()
+
+    def _clear(self) -> None:
+        self._offset, self._last = 0, b""
+        self._columns = {name: array("d") for name in ("iteration", "time", *SCALARS)}
+        self._families = {"family_loss": {}, "nonfinite": {}}
+        self.bad = 0
+        self.phases: list[tuple[int, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._columns["iteration"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A column, float64 ``[rows]``; NaN where a row has no number."""
+        return np.array(self._columns[name])
+
+    def families(self, name: str) -> dict[str, np.ndarray]:
+        """The columns of ``family_loss`` or ``nonfinite``, by family, in the order of the log."""
+        return {family: np.array(column) for family, column in self._families[name].items()}
+
+    @property
+    def iteration(self) -> int:
+        """The last row's meta-iteration, 0 without rows."""
+        return int(self._columns["iteration"][-1]) if len(self) else 0
+
+    def read(self) -> None:
+        """Takes in what was appended since the last call.
+
+        Raises:
+          UserError: the file cannot be read or is not a metrics file.
+        """
+        if not self._path.exists():
+            self._clear()
+            return
+        if not self._path.is_file():
+            raise UserError(f"{self._path} is not a file")
+        try:
+            with open(self._path, "rb") as file:
+                self._read(file)
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be read: {error.strerror}") from error
+
+    def _read(self, file: BinaryIO) -> None:
+        file.seek(self._offset - len(self._last))
+        if file.read(len(self._last)) != self._last:
+            self._clear()
+            file.seek(0)
+        while line := file.readline(LONGEST):
+            if not line.endswith(b"\n"):
+                if len(line) == LONGEST:
+                    raise UserError(
+                        f"{self._path} is not a metrics file: a line is longer than {LONGEST} bytes"
+                    )
+                return
+            self._offset, self._last = self._offset + len(line), line
+            self._add(line)
+
+    def _add(self, line: bytes) -> None:
+        row = parse(line.decode("utf-8", "replace"))
+        if row is None or not self.iteration < row["iteration"] < 2**53:
+            self.bad += 1
+            return
+        rows = len(self)
+        for name, column in self._columns.items():
+            column.append(number(row.get(name)))
+        for name, columns in self._families.items():
+            values = row.get(name)
+            values = values if isinstance(values, dict) else {}
+            for family in values:
+                if family not in columns:
+                    columns[family] = array("d", [math.nan]) * rows
+            if len(columns) > FAMILIES:
+                raise UserError(f"{self._path} names more than {FAMILIES} task families")
+            for family, column in columns.items():
+                column.append(number(values.get(family)))
+        phase = row.get("phase")
+        if isinstance(phase, (str, int)) and (not self.phases or self.phases[-1][1] != str(phase)):
+            self.phases.append((row["iteration"], str(phase)))
+
+
+class RunFolder:
+    """A run folder; :meth:`read` brings everything up to date.
+
+    Args:
+      path: the folder.
+
+    Attributes:
+      config: ``config.json``.
+      info: ``run_info.json``, empty where there is none.
+      starts: oldest first.
+      metrics: the log.
+
+    Raises:
+      UserError: the folder is not that of a run.
 
     Example:
-      >>> differences({"a": {"b": 1}, "run": 1}, {"a": {"b": 2}, "run": 2})
-      [('a.b', 1, 2)]
+      >>> RunFolder("runs/a").metrics.iteration  # doctest: +SKIP
+      1200
     """
-    flat_one, flat_other = _flat(one), _flat(other)
-    result = []
-    for key in sorted(flat_one.keys() | flat_other.keys()):
-        pair = flat_one.get(key, "(absent)"), flat_other.get(key, "(absent)")
-        if key.split(".")[0] != "run" and pair[0] != pair[1]:
-            result.append((key, *pair))
-    return result
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metrics = Metrics(self.path / "metrics.jsonl")
+        self._seen: dict[str, Any] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Reads what has changed."""
+        if not self.path.is_dir():
+            what = "is a file" if self.path.exists() else "does not exist"
+            raise UserError(f"{self.path} {what}; name the run folder of celo-nnx train")
+        self.config = self._json("config.json")
+        options = self.config.get("run") if isinstance(self.config, dict) else None
+        total = options.get("iterations") if isinstance(options, dict) else None
+        if type(total) is not int or not 0 <= total < 2**53:
+            what = "holds no config.json" if self.config is None else "has a config.json of something else"
+            raise UserError(f"{self.path} is not a run folder: it {what}")
+        self.total: int = min(total, budget(self.config))
+        self.metrics.read()
+        info = self._json("run_info.json")
+        self.info: dict[str, Any] = info if isinstance(info, dict) else {}
+        starts = self.info.get("starts")
+        self.starts = [s for x in (starts if isinstance(starts, list) else []) if (s := _start(x))]
+
+    def _json(self, name: str) -> Any:
+        """A file's JSON value, parsed again only when the file has changed."""
+        path = self.path / name
+        try:
+            stat = path.stat()
+        except OSError:
+            return read_json(path)
+        key = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if self._seen.get(name, (None,))[0] != key:
+            self._seen[name] = key, read_json(path)
+        return self._seen[name][1]
+
+    @property
+    def name(self) -> str:
+        """The folder's path as text for people."""
+        return printable(str(self.path))
+
+    @property
+    def iteration(self) -> int:
+        """Meta-iterations done, as far as the folder tells."""
+        return self.metrics.iteration
+
+    @property
+    def phase(self) -> str:
+        """The phase of the last row, empty where rows name none."""
+        return printable(self.metrics.phases[-1][1]) if self.metrics.phases else ""
+
+    def wrote(self) -> float:
+        """When something was last heard of the run, in seconds since the epoch; NaN where nothing was."""
+        rows = self.metrics["time"][-1:].tolist()
+        return max([x for x in [*rows, *(s.time for s in self.starts[-1:])] if x == x], default=math.nan)
+
+    def state(self, now: float | None = None) -> str:
+        """Returns ``starting``, ``running``, ``interrupted`` or ``finished``.
+
+        A process that works here holds the folder's lock, however it ends; without locks the age of the
+        last row has to do.
+        """
+        now = time.time() if now is None else now
+        alive = lock.held(self.path)
+        if alive is None:
+            alive = now - self.wrote() < RECENT
+        if not alive:
+            return "finished" if self.iteration >= self.total else "interrupted"
+        row = self.metrics["time"][-1:]
+        begun = self.starts[-1].time if self.starts else -math.inf
+        return "running" if len(row) and not row[0] < begun else "starting"
+
+    def segments(self) -> np.ndarray:
+        """Returns for every row the number of its start, ``[rows]``; the clock tells them apart."""
+        times = np.array([start.time for start in self.starts])
+        return np.maximum(np.searchsorted(times, self.metrics["time"], side="right") - 1, 0)
+
+    def marks(self) -> np.ndarray:
+        """Returns the places of rows that end a report: all rows of a dispatch share one time."""
+        times, segments = self.metrics["time"], self.segments()
+        ends = (np.diff(times) != 0) | (np.diff(segments) != 0)
+        return np.concatenate([np.flatnonzero(ends), [len(times) - 1]]) if len(times) else np.array([], int)
+
+    def rate(self) -> float:
+        """Returns recent meta-iterations a second of the last start; NaN until there are two reports."""
+        marks, segments = self.marks(), self.segments()
+        marks = marks[segments[marks] == segments[-1]][-MARKS:] if len(marks) else marks
+        if len(marks) < 2:
+            return math.nan
+        time, iteration = (self.metrics[name][marks[[0, -1]]] for name in ("time", "iteration"))
+        seconds = float(time[1] - time[0])
+        return float(iteration[1] - iteration[0]) / seconds if seconds > 0 else math.nan
+
+    def seconds_each(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (iterations, seconds a meta-iteration) between the reports of each start, ``[reports]``."""
+        marks, segments = self.marks(), self.segments()
+        time, iteration = self.metrics["time"][marks], self.metrics["iteration"][marks]
+        inside = np.diff(segments[marks]) == 0
+        return iteration[1:][inside], (np.diff(time) / np.diff(iteration))[inside]
+
+    def seconds(self) -> float:
+        """Returns how long the run took: over its starts, from the start to its last row in the log."""
+        times, total = self.metrics["time"], 0.0
+        segments = self.segments()
+        for i in np.unique(segments):
+            if self.starts:
+                total += max(0.0, float(np.nanmax(times[segments == i])) - self.starts[i].time)
+            else:
+                total += float(np.ptp(times[segments == i]))
+        return total
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def agree(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
-    """Raises a :class:`UserError` that names every key outside ``run`` in which two configs differ."""
-    found = differences(mine, theirs)
-    if found:
-        text = "; ".join(f"{key} = {a!r} here, {b!r} there" for key, a, b in found)
-        raise UserError(
-            f"the config differs from that of {where}: {text} (only run.* may change; use a new --run-dir)"
-        )
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Checks sections, and the values of ``seed`` and ``run``."""
-    missing = [name for name in SECTIONS if name not in settings]
-    if missing:
-        raise UserError(f"the config lacks {', '.join(missing)}")
-    seed, options = settings["seed"], settings["run"]
-    require(_whole(seed, 0) and seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
-    for name, least in (("iterations", 0), ("iterations_per_dispatch", 1), ("keep", 1), ("devices", 0)):
-        require(_whole(options[name], least), f"run.{name}", options[name], f"an integer >= {least}")
-    seconds = options["checkpoint_seconds"]
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds >= 0
-    require(number, "run.checkpoint_seconds", seconds, "a number >= 0")
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def read_config(run_dir: Path) -> dict[str, Any] | None:
-    """Returns the run's config, or None where there is no run yet."""
-    content = read_json(run_dir / "config.json")
-    if content is None:
+def _start(entry: Any) -> Start | None:
+    if not isinstance(entry, dict):
         return None
-    if not isinstance(content, dict) or any(name not in content for name in SECTIONS):
-        raise UserError(f"{run_dir / 'config.json'} is not the config of a run; choose another --run-dir")
-    return content
+    moment, iteration = number(entry.get("time")), number(entry.get("iteration"))
+    if not (math.isfinite(moment) and math.isfinite(iteration)):
+        return None
+    return Start(moment, int(iteration), {k: v for k, v in entry.items() if k not in ("time", "iteration")})
 
 
-def check_free(run_dir: Path) -> None:
-    """Raises a :class:`UserError` where a new run would share a folder with something else."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"{run_dir} is a file, not a run directory; choose another --run-dir")
-    # A start that was killed before it wrote its config leaves a lock file.
-    others = sorted(p.name for p in run_dir.iterdir() if p.name != lock.LOCK_NAME) if run_dir.exists() else []
-    others = [name for name in others if not name.startswith("config.json.")]
-    if others:
-        raise UserError(
-            f"{run_dir} is not a run directory: it holds {others[0]!r} and no config.json; "
-            "choose another --run-dir"
-        )
+def budget(config: Mapping[str, Any]) -> float:
+    """Returns how many meta-iterations the phases of a config allow; infinite where they have no end.
+
+    Example:
+      >>> budget({"meta": {"phases": [{"iterations": 5}, {"iterations": 3}]}})
+      8
+    """
+    meta = config.get("meta")
+    phases = meta.get("phases") if isinstance(meta, dict) else None
+    sections = phases if isinstance(phases, list) else []
+    counts = [section.get("iterations") if isinstance(section, dict) else None for section in sections]
+    endless = not counts or any(type(count) is not int or count < 1 for count in counts)
+    return math.inf if endless else sum(counts)
 
 
-def make_folder(run_dir: Path) -> None:
-    """Makes the run folder."""
+def number(value: Any) -> float:
+    """Returns a JSON number, NaN for anything else.
+
+    Example:
+      >>> number(2), number("2"), number(None), number(True)
+      (2.0, nan, nan, nan)
+    """
+    if type(value) not in (int, float):
+        return math.nan
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run directory {run_dir}: {error.strerror}") from error
-
-
-def environment(devices: int) -> dict[str, Any]:
-    """What bit-identity depends on besides the config and the data."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    device = jax.local_devices()[0]
-    kind = {"platform": device.platform, "kind": device.device_kind, "count": devices}
-    return {"versions": versions, "devices": kind, "xla_flags": os.environ.get("XLA_FLAGS", "")}
-
-
-def recorded_devices(run_dir: Path) -> int:
-    """How many CPU devices the run has used, 0 if none is known."""
-    info = read_json(run_dir / "run_info.json")
-    try:
-        devices = info["starts"][-1]["devices"]
-        return int(devices["count"]) if devices["platform"] == "cpu" else 0
-    except (TypeError, KeyError, IndexError, ValueError):
-        return 0
-
-
-def has_rows(run_dir: Path) -> bool:
-    """Tells whether the run has logged anything."""
-    path = run_dir / "metrics.jsonl"
-    return path.exists() and path.stat().st_size > 0
-
-
-def note_start(run_dir: Path, iteration: int | None, info: dict[str, Any]) -> None:
-    """Notes a start in ``run_info.json``; without an iteration only checks that it can be noted."""
-    path = run_dir / "run_info.json"
-    before = read_json(path)
-    starts = before.get("starts", []) if isinstance(before, dict) else []
-    if not isinstance(starts, list):
-        raise UserError(f"{path} is not the record of a run's starts; remove it to go on without")
-    if iteration is None:
-        return
-    start = {"time": round(time.time(), 3), "iteration": iteration}
-    start |= {k: v for k, v in info.items() if k != "data"}
-    write_json(path, {"data": info["data"], "starts": [*starts, start]})
-
-
-def same_data(mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
-    """Raises a :class:`UserError` where the digest of a data set is not the recorded one."""
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            there = str(theirs.get(name, "(absent)"))
-            raise UserError(
-                f"data set {name!r} has changed since the run began: sha256 {value[:12]}... here, "
-                f"{there[:12]}... in the checkpoint; bring back the old data or use a new --run-dir"
-            )
-
-
-def tell_differences(record: Mapping[str, Any], info: Mapping[str, Any]) -> None:
-    """Notes on stderr what has changed that bit-identity depends on."""
-    keys = ("versions", "devices", "xla_flags")
-    found = differences({k: record.get(k) for k in keys}, {k: info[k] for k in keys})
-    if found:
-        text = ", ".join(f"{key} {a!r} -> {b!r}" for key, a, b in found)
-        print(f"note: not bit-identical to an uninterrupted run from here on: {text}", file=sys.stderr)
-
-
-def theta_header(settings: dict[str, Any], iteration: int, phase: Phase) -> dict[str, str]:
-    """Returns what the header of a run's theta says: config, iteration, phase, decay of the average."""
-    average = phase.config["meta"].get("average", 0.0)
-    header = {"config": checkpoint.canonical(settings), "iteration": str(iteration)}
-    header |= {"phase": phase.name} if phase.name else {}
-    return header | ({"average": str(average)} if average else {})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is the old one or the new one, whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        return float(value) if math.isfinite(value) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def read_json(path: Path) -> Any:
     """Returns the file's JSON value, None where there is no file.
 
     Raises:
-      UserError: unreadable, or not JSON.
+      UserError: unreadable, too large, or not JSON.
     """
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path} has {size} bytes, at most {LARGEST} are read")
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -30,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from celo_nnx import run_folder
+from celo_nnx import run_files
 from celo_nnx.devices import choose_devices
 from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Family, PyTree
@@ -102,25 +102,25 @@ def train(
       >>> train(load("celo2:fast_digits", ["run.iterations=100"]), "runs/a")  # doctest: +SKIP
     """
     run_dir = Path(run_dir)
-    settings = run_folder.resolve(config)
-    run_folder.check_settings(settings)
+    settings = run_files.resolve(config)
+    run_files.check_settings(settings)
     phases = plan(config)
-    known = run_folder.read_config(run_dir)
+    known = run_files.read_config(run_dir)
     if known is None:
-        run_folder.check_free(run_dir)
-    with contextlib.ExitStack() as stack, run_folder.disk_errors(run_dir):
+        run_files.check_free(run_dir)
+    with contextlib.ExitStack() as stack, run_files.disk_errors(run_dir):
         if known is not None:
             stack.enter_context(lock.hold(run_dir))
-            run_folder.agree(settings, run_folder.read_config(run_dir) or {}, f"the run in {run_dir}")
+            run_files.agree(settings, run_files.read_config(run_dir) or {}, f"the run in {run_dir}")
         pairs = math.gcd(*(pairs_of(phase.config["meta"]["estimator"]) for phase in phases))
-        recorded = run_folder.recorded_devices(run_dir)
+        recorded = run_files.recorded_devices(run_dir)
         devices = choose_devices(settings["run"]["devices"], pairs, recorded)
         works = Works(phases, devices, max(checkpoint.steps(run_dir / "checkpoints"), default=None))
         if known is None:  # only now, so that a mistake in the config leaves no folder behind
-            run_folder.make_folder(run_dir)
+            run_files.make_folder(run_dir)
             stack.enter_context(lock.hold(run_dir))
-            if (there := run_folder.read_config(run_dir)) is not None:
-                run_folder.agree(settings, there, f"the run in {run_dir}")
+            if (there := run_files.read_config(run_dir)) is not None:
+                run_files.agree(settings, there, f"the run in {run_dir}")
         return _run(settings, run_dir, works, devices, progress, stop or (lambda: 0))
 
 
@@ -244,19 +244,19 @@ def _run(
     trainer = works.enter(phase).trainer
     # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
     loaded = checkpoint.load(folder, jax.eval_shape(trainer.init, root))
-    info = run_folder.environment(devices) | {"data": works.data}
-    run_folder.note_start(run_dir, None, info)
+    info = run_files.environment(devices) | {"data": works.data}
+    run_files.note_start(run_dir, None, info)
     start = 0
-    if loaded is None and ((run_dir / FILE_NAME).exists() or run_folder.has_rows(run_dir)):
+    if loaded is None and ((run_dir / FILE_NAME).exists() or run_files.has_rows(run_dir)):
         raise UserError(
             f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
         )
     if loaded is not None:
         start, state, record = loaded
-        run_folder.agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
-        run_folder.same_data(works.data, record.get("data", {}))
-        run_folder.tell_differences(record, info)
-    run_folder.write_json(run_dir / "config.json", settings)
+        run_files.agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
+        run_files.same_data(works.data, record.get("data", {}))
+        run_files.tell_differences(record, info)
+    run_files.write_json(run_dir / "config.json", settings)
     log = RunLog(
         run_dir,
         start,
@@ -266,7 +266,7 @@ def _run(
         wandb=options["wandb"],
         name=run_dir.absolute().name,
     )
-    run_folder.note_start(run_dir, start, info)
+    run_files.note_start(run_dir, start, info)
 
     def save(iteration: int, state: PyTree) -> None:
         log.sync()
@@ -275,7 +275,7 @@ def _run(
 
     def save_learned(iteration: int, state: PyTree) -> None:
         at = phase_at(works.phases, iteration)
-        save_theta(run_dir / FILE_NAME, learned(state), run_folder.theta_header(settings, iteration, at))
+        save_theta(run_dir / FILE_NAME, learned(state), run_files.theta_header(settings, iteration, at))
 
     with contextlib.closing(log):
         begin = time.monotonic()

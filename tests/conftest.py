@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -38,3 +40,23 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """Keeps prepared data sets of the tests out of the user's cache."""
     monkeypatch.setenv("CELO_NNX_CACHE", str(tmp_path_factory.getbasetemp() / "celo_nnx_cache"))
     monkeypatch.delenv("CELO_NNX_DATA", raising=False)
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """A run of the real trainer at the smallest sizes: folder, stdout, stderr of ``celo-nnx train``."""
+    from celo_nnx.cli import main
+
+    folder = tmp_path_factory.mktemp("real") / "it's"
+    few = "meta.estimator.pairs=2 meta.estimator.truncation=2 run.iterations_per_dispatch=2 tasks.hidden=(4,)"
+    few += " tasks.batch_size=4 run.devices=1 optimizer.update_rule.hidden=(2,2) run.iterations=3"
+    few += " optimizer.features.groups=('gradient','momentum')"  # for a quick compilation
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setenv("CELO_NNX_CACHE", str(tmp_path_factory.getbasetemp() / "celo_nnx_cache"))
+        assert main(["train", "celo2_base:fast_digits", *few.split(), "--run-dir", str(folder)]) == 0
+    return folder, out.getvalue(), err.getvalue()

@@ -106,7 +106,7 @@ def test_run_folder_in_use_and_foreign(capsys: pytest.CaptureFixture[str], tmp_p
     with fake_run.assembled():
         argv = ["train", "celo2:fast_digits", *SMALL, "run.iterations=2", "run.progress=False", "--run-dir"]
         assert main([*argv, str(tmp_path / "a")]) == 0
-        capsys.readouterr()
+        assert capsys.readouterr().err == f"its curves as a page: celo-nnx report {tmp_path / 'a'}\n"
         with lock.hold(tmp_path / "a"):
             assert "is in use by pid" in fails(capsys, *argv, str(tmp_path / "a"))
         assert "seed = 3 here, 0 there" in fails(capsys, *argv, str(tmp_path / "a"), "seed=3")
@@ -129,15 +129,12 @@ def test_lists_and_describe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "0.25" in capsys.readouterr().out
 
 
-def test_train_really(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_train_really(real_run: tuple[Path, str, str]) -> None:
     """The real trainer on digits; the stand-in cannot miss a change of its interface."""
-    few = [*SMALL, "optimizer.features.groups=('gradient','momentum')"]  # for a quick compilation
-    argv = ["train", "celo2_base:fast_digits", *few, "run.iterations=3", "--run-dir", str(tmp_path / "a")]
-    assert main(argv) == 0
-    captured = capsys.readouterr()
-    assert '"finished": true' in captured.out and "iteration 3/3  meta-loss" in captured.err
-    assert (tmp_path / "a" / "metrics.jsonl").read_text().count("\n") == 3
-    assert load_theta(tmp_path / "a")["update_rule"]["b0"].any()  # starts at zero
+    folder, out, err = real_run
+    assert '"finished": true' in out and "iteration 3/3  meta-loss" in err
+    assert (folder / "metrics.jsonl").read_text().count("\n") == 3
+    assert load_theta(folder)["update_rule"]["b0"].any()  # starts at zero
 
 
 def test_help_is_quick_and_imports_no_jax() -> None:

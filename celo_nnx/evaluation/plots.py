@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import warnings
 from collections.abc import Sequence
 
 import matplotlib
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from celo_nnx.evaluation.curves import FINAL_FRACTION, Tuned
 
@@ -57,6 +59,22 @@ class MetaCurve:
     events: tuple[tuple[int, str], ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A quantity over meta-iterations.
+
+    Attributes:
+      name: for the legend.
+      x, y: ``[n]``; a value that is not finite is a hole.
+      faint: thin and pale, in the colour of the next line that is not.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    faint: bool = False
+
+
 def meta_figure(curve: MetaCurve) -> Figure:
     """The meta-loss with its running median, and the interruptions."""
     figure, axes = _axes("meta-iteration", "meta-loss")
@@ -65,16 +83,69 @@ def meta_figure(curve: MetaCurve) -> Figure:
     axes.plot(curve.iterations, losses, color=STYLES[0][0], alpha=0.3, linewidth=0.7)
     label = f"median of {window} iterations"
     axes.plot(curve.iterations, _running(losses, window, np.nanmedian), color=STYLES[0][0], label=label)
-    for i, (iteration, what) in enumerate(curve.events):
-        axes.axvline(iteration, color=STYLES[2][0], linewidth=1.2, linestyle=(0, (3, 2)))
-        place = dict(xy=(iteration, 0.97 - 0.09 * i), xycoords=("data", "axes fraction"))
-        right = len(losses) > 0 and iteration > 0.6 * curve.iterations[-1]
-        offset, side = ((-5, 0), "right") if right else ((5, 0), "left")
-        axes.annotate(
-            what, **place, xytext=offset, textcoords="offset points", ha=side, va="top", color=INK, fontsize=9
-        )
+    _events(axes, curve.events, curve.iterations[-1] if len(losses) else 0)
     _legend(axes)
     return figure
+
+
+def course_figure(lines: Sequence[Line], y: str, events: Sequence[tuple[int, str]] = ()) -> Figure:
+    """Quantities over meta-iterations, on a logarithmic axis where they span a factor of ten or more.
+
+    Faint lines have no legend entry, and their rarest extremes may leave the picture.
+
+    Args:
+      lines: what to draw.
+      y: the axis' label.
+      events: (iteration, what happened) pairs.
+    """
+    figure, axes = _axes("meta-iteration", y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    named = 0
+    shown = []
+    for line in lines:
+        color, style = STYLES[named % len(STYLES)][0], STYLES[(named + named // len(STYLES)) % len(STYLES)][1]
+        values = np.where(np.isfinite(line.y), line.y, np.nan)
+        known = values[np.isfinite(values)]
+        if line.faint:
+            axes.plot(line.x, values, color=color, alpha=0.3, linewidth=0.7)
+            known = np.percentile(known, (1, 99)) if len(known) else known
+        else:
+            # A name that begins with an underscore would be none for the legend.
+            label = f"\u200b{line.name}" if line.name.startswith("_") else line.name
+            axes.plot(line.x, values, color=color, linestyle=style, label=label)
+            named += 1
+        shown.append(known)
+    _limit(axes, np.concatenate(shown) if shown else np.array([]))
+    _events(axes, events, max((line.x[-1] for line in lines if len(line.x)), default=0))
+    if named > 1 or any(line.faint for line in lines):
+        _legend(axes)
+    return figure
+
+
+def _limit(axes: Axes, values: np.ndarray) -> None:
+    """Fits the y axis to values, with a margin."""
+    if not len(values):
+        return
+    low, high = float(values.min()), float(values.max())
+    if low > 0 and high >= 10 * low:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.1, high * 1.1)
+    else:
+        # Differences in the last digits are no course.
+        margin = max(0.05 * (high - low), 0.005 * abs(high)) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+        axes.ticklabel_format(axis="y", useOffset=False)
+
+
+def _events(axes: Axes, events: Sequence[tuple[int, str]], end: float) -> None:
+    """Marks events with dashed lines and their words, one below the other."""
+    for i, (iteration, what) in enumerate(events):
+        axes.axvline(iteration, color=STYLES[2][0], linewidth=1.2, linestyle=(0, (3, 2)))
+        place = dict(xy=(iteration, 0.97 - 0.09 * i), xycoords=("data", "axes fraction"))
+        offset, side = ((-5, 0), "right") if iteration > 0.6 * end else ((5, 0), "left")
+        place |= dict(xytext=offset, textcoords="offset points", ha=side, va="top", fontsize=9)
+        axes.annotate(what, **place, color=INK, parse_math=False)
 
 
 def training_figure(methods: Sequence[Method]) -> Figure:
@@ -125,7 +196,10 @@ def to_svg(figure: Figure, name: str, *, standalone: bool = False) -> str:
     Returns:
       The ``<svg>`` element; for a standalone one, a whole SVG file.
     """
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    options = {"svg.hashsalt": name, "svg.fonttype": "none"}
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        # Text stays text, so that it does not matter which glyphs matplotlib's own font has.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
         if standalone:
             figure.patch.set_facecolor("#ffffff")
         else:
@@ -156,7 +230,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
 def _legend(axes: Axes) -> None:
     """A legend above the axes, where it hides no data."""
     entries = axes.get_legend_handles_labels()[1]
-    axes.legend(
+    legend = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
         ncols=min(2, max(1, len(entries))),
@@ -165,6 +239,8 @@ def _legend(axes: Axes) -> None:
         fontsize=9,
         handlelength=2.6,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names are names, dollar signs too
 
 
 def _styles(methods: Sequence[Method]) -> list[tuple]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.resources
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jinja2
 import markupsafe
-import numpy as np
 
-from celo_nnx.evaluation import plots
+from celo_nnx.evaluation import page, plots
 from celo_nnx.evaluation.plots import MetaCurve, Method
 
 LIBRARIES = ("celo-nnx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -63,20 +60,16 @@ def write(report: Report, path: Path | str) -> Path:
         "training": plots.to_svg(plots.training_figure(report.methods), "training"),
         "sensitivity": plots.to_svg(plots.sensitivity_figure(report.methods), "sensitivity"),
     }
-    template = importlib.resources.files("celo_nnx.evaluation").joinpath("report.html").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["number"] = number
-    text = environment.from_string(template).render(
+    text = page.render(
+        "report.html",
+        title=report.title,
+        summary=report.summary,
         report=report,
         figures={name: markupsafe.Markup(svg) for name, svg in figures.items()},
         rows=score_rows(report.methods),
         versions=versions(),
     )
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return page.write(Path(path), text)
 
 
 def score_rows(methods: Sequence[Method]) -> list[dict[str, object]]:
@@ -98,16 +91,6 @@ def score_rows(methods: Sequence[Method]) -> list[dict[str, object]]:
         for method in methods
     ]
     return sorted(rows, key=lambda row: row["median"])
-
-
-def number(value: float) -> str:
-    """A loss or a learning rate to three digits, or the word ``diverged``.
-
-    Example:
-      >>> number(0.012345), number(float("inf"))
-      ('0.0123', 'diverged')
-    """
-    return f"{value:.3g}" if np.isfinite(value) else "diverged"
 
 
 def versions() -> Mapping[str, str]:

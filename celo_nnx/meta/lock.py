@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,6 @@ def hold(directory: Path) -> Iterator[None]:
       >>> with hold(Path(tempfile.mkdtemp())):
       ...     pass
     """
-    import fcntl
 
     path = directory / LOCK_NAME
     try:
@@ -42,7 +42,7 @@ def hold(directory: Path) -> Iterator[None]:
         raise UserError(f"cannot open the lock file {path}: {error.strerror}") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except BlockingIOError:
             owner = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
             raise UserError(f"run directory {directory} is in use by pid {owner}") from None
@@ -51,5 +51,48 @@ def hold(directory: Path) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
         yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int) -> None:
+    """Locks now or not at all; :func:`held` of another process stands in the way for microseconds only."""
+    import fcntl
+
+    for patience in (0.02, 0.1, 0.0):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not patience:
+                raise
+            time.sleep(patience)
+
+
+def held(directory: Path) -> bool | None:
+    """Tells whether a process holds the run folder, without writing there; None where that cannot be known.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> with hold(folder):
+      ...     inside = held(folder)
+      >>> inside, held(folder)
+      (True, False)
+    """
+    import fcntl
+
+    try:
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
     finally:
         os.close(descriptor)

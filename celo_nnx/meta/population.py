@@ -19,6 +19,9 @@ from celo_nnx.meta.truncation import is_count
 from celo_nnx.meta.unroll import Source
 
 AXIS = "particles"
+# Parameters, of both signs, that train together on a CPU device: more of them outgrow its cache, and time
+# grows faster than the number of pairs. Measured on 8x8 image MLPs: 4.6 ms a pair for 32, 5.6 for 256.
+TOGETHER = 2**17
 Arrays = dict[str, Array]
 
 
@@ -30,12 +33,14 @@ class Group:
       task: the task after augmentation.
       members: index of each family among all.
       start, count: first example and number of examples of each family, for each split.
+      size: parameters of the task.
     """
 
     task: Task
     members: tuple[int, ...]
     start: dict[str, tuple[int, ...]]
     count: dict[str, tuple[int, ...]]
+    size: int
 
 
 class Pairs(NamedTuple):
@@ -112,8 +117,6 @@ class Population:
         self.weights = _weights(weights, self.names)
         splits = ("train",) if split == "train" else ("train", split)
         self.groups, self.data = _grouped(families, augmentation, splits)
-        for group, data in zip(self.groups, self.data, strict=True):
-            _check_loss(group, data, self.names[group.members[0]])
         self.mesh = self._make_mesh(devices)
         if self.mesh is not None:
             self.data = jax.device_put(self.data, NamedSharding(self.mesh, PartitionSpec()))
@@ -169,7 +172,7 @@ class Population:
             theta: PyTree, states: list[PyTree], pairs: list[Pairs], data: list[dict], shared: PyTree
         ) -> tuple[Array, list[PyTree], dict[str, Array]]:
             parts = [
-                step(group, theta, *rest, *shared)
+                _in_turns(step, group, self._together(group, rest[1]))(theta, *rest, *shared)
                 for group, *rest in zip(self.groups, states, pairs, data, strict=True)
             ]
             sums = [self._sums(part, own) for part, own in zip(parts, pairs, strict=True)]
@@ -195,6 +198,15 @@ class Population:
         metrics = {"loss": loss, "family_loss": family_loss, "nonfinite": total["nonfinite"]}
         return gradient, states, metrics
 
+    def _together(self, group: Group, pairs: Pairs) -> int:
+        """Returns how many of this device's pairs of a group train together; the chunks come in turn."""
+        here = len(pairs.number)
+        if jax.default_backend() != "cpu":
+            return here
+        most = max(TOGETHER // (2 * group.size), 1)
+        divisor = max(d for d in range(1, min(here, most) + 1) if here % d == 0)
+        return divisor if 2 * divisor > most else here
+
     def _sums(self, part: Part, pairs: Pairs) -> dict[str, Array]:
         mine = pairs.family[None, :] == jnp.arange(len(self.names))[:, None]
         return {
@@ -202,6 +214,26 @@ class Population:
             "loss": jnp.sum(jnp.where(mine, part.loss, 0.0), 1),
             "nonfinite": jnp.sum(jnp.where(mine, part.nonfinite, 0), 1),
         }
+
+
+def _in_turns(step: Callable[..., Part], group: Group, together: int) -> Callable[..., Part]:
+    """Does a group's step chunk by chunk of ``together`` pairs."""
+
+    def turns(theta: PyTree, state: PyTree, pairs: Pairs, data: dict[str, Arrays], *shared: PyTree) -> Part:
+        count = len(pairs.number)
+        if together == count:
+            return step(group, theta, state, pairs, data, *shared)
+
+        def one(total: Array, chunk: tuple[PyTree, Pairs]) -> tuple[Array, tuple[PyTree, Array, Array]]:
+            part = step(group, theta, *chunk, data, *shared)
+            return total + part.gradient, part[1:]
+
+        chunks = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), (state, pairs))
+        zero = jnp.zeros(sum(leaf.size for leaf in jax.tree.leaves(theta)), jnp.float32)
+        gradient, rest = lax.scan(one, zero, chunks)
+        return Part(gradient, *jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), rest))
+
+    return turns
 
 
 def _weights(weights: Sequence[float], names: tuple[str, ...]) -> tuple[float, ...]:
@@ -237,21 +269,25 @@ def _grouped(
                     )
             start[split], count[split] = tuple(np.cumsum([0, *sizes[:-1]]).tolist()), tuple(sizes)
             arrays[split] = {k: jax.device_put(np.concatenate([part[k] for part in parts])) for k in parts[0]}
-        groups.append(Group(augmentation(task), tuple(members), start, count))
+        augmented = augmentation(task)
+        size = _examine(augmented, arrays["train"], families[members[0]].name)
+        groups.append(Group(augmented, tuple(members), start, count, size))
         data.append(arrays)
     return groups, data
 
 
-def _check_loss(group: Group, data: dict[str, Arrays], name: str) -> None:
-    """Traces a task's loss once, so that a mistake in it is told before anything compiles."""
-    task, key = group.task, jax.random.key(0)
+def _examine(task: Task, arrays: Arrays, name: str) -> int:
+    """Traces a task's loss, so that a mistake in it is told before anything compiles; counts parameters."""
 
-    def loss(key: Array, arrays: Arrays) -> PyTree:
+    def trace(key: Array, arrays: Arrays) -> PyTree:
         sample = task.sample(key)
         params, state = task.init(key, sample)
-        return task.loss(params, state, key, task.draw(arrays, key, jnp.int32(0), jnp.int32(1)), sample)[0]
+        batch = task.draw(arrays, key, jnp.int32(0), jnp.int32(1))
+        return task.loss(params, state, key, batch, sample)[0], params
 
-    found = jax.tree.leaves(jax.eval_shape(loss, key, data["train"]))
+    loss, params = jax.eval_shape(trace, jax.random.key(0), arrays)
+    found = jax.tree.leaves(loss)
     if len(found) != 1 or found[0].shape != () or not jnp.issubdtype(found[0].dtype, jnp.floating):
         shown = ", ".join(f"{x.dtype}{list(x.shape)}" for x in found)
         raise UserError(f"the loss of task family {name!r} must be one float scalar, not {shown}")
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

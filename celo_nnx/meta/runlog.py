@@ -77,19 +77,20 @@ def read(path: Path, last: int | None = None) -> list[Row]:
     result = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            row = _parse(line)
+            row = parse(line)
             if row is None or (last is not None and row["iteration"] > last):
                 break
             result.append(row)
     return result
 
 
-def _parse(line: str) -> Row | None:
+def parse(line: str) -> Row | None:
+    """Returns a line's row, None where it is torn or no row."""
     if not line.endswith("\n"):
         return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("iteration"), int) else None
 
@@ -105,7 +106,7 @@ def trim(path: Path, last: int) -> int:
     kept = end = 0
     with open(path, "rb+") as file:
         for raw in file:
-            row = _parse(raw.decode("utf-8", "replace"))
+            row = parse(raw.decode("utf-8", "replace"))
             if row is None or row["iteration"] > last:
                 break
             kept, end = kept + 1, end + len(raw)
