@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fake_run
 import made_run
 import numpy as np
 import pytest
@@ -138,6 +139,17 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(run_folder, "LARGEST", 10)
     with pytest.raises(UserError, match=r"config.json has \d+ bytes, at most 10 are read"):
         RunFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("phases", "total"),
+    [([5, 3], 8), ([5, 0], 20), ([15, 9], 20), ([], 20), ([5, "three"], 20), ("no list", 20)],
+)
+def test_budgets_of_phases_limit_a_run(tmp_path: Path, phases: Any, total: int) -> None:
+    config = fake_run.config(20)
+    sections = [{"name": str(i), "iterations": n} for i, n in enumerate(phases)]
+    config["meta"]["phases"] = phases if isinstance(phases, str) else sections
+    assert RunFolder(made_run.make(tmp_path / "a", [], config=config)).total == total
 
 
 def test_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
