@@ -10,8 +10,8 @@ from typing import Any
 import optax
 
 from celo_nnx.errors import UserError, unknown
-from celo_nnx.interfaces import Family, GradientEstimator, Optimizer
-from celo_nnx.meta.augmentation import AUGMENTATIONS
+from celo_nnx.interfaces import Family, GradientEstimator, Optimizer, Task
+from celo_nnx.meta.augmentations import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
 from celo_nnx.meta.trainer import META_OPTIMIZERS, MetaTrainer
 from celo_nnx.meta.truncation import TRUNCATIONS
@@ -74,6 +74,29 @@ def meta_optimizer(section: Mapping[str, Any]) -> optax.GradientTransformation:
     return _choose("meta.optimizer", section, META_OPTIMIZERS)()
 
 
+def build_augmentation(sections: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Callable[[Task], Task]:
+    """Builds what makes the task that is trained from a family's task.
+
+    Args:
+      sections: ``config.meta.augmentation``: one section, or a list of them, the first innermost.
+
+    Raises:
+      UserError: for an unknown kind or key; a value out of range is found when a task is augmented.
+
+    Example:
+      >>> from celo_nnx.tasks import ImageMLP
+      >>> augment = build_augmentation(({"kind": "label_noise", "high": 0.1}, {"kind": "loss_scale"}))
+      >>> type(augment(ImageMLP(features=64))).__name__
+      'LossScale'
+    """
+    name = "meta.augmentation"
+    named = {name: sections}
+    if isinstance(sections, (tuple, list)):
+        named = {f"{name}[{i}]": section for i, section in enumerate(sections)}
+    makers = [_choose(n, section, AUGMENTATIONS, frozenset({"task"})) for n, section in named.items()]
+    return lambda task: functools.reduce(lambda inner, make: make(inner), makers, task)
+
+
 def build_estimator(
     meta: Mapping[str, Any], optimizer: Optimizer, families: Sequence[Family], devices: int = 1
 ) -> GradientEstimator:
@@ -91,9 +114,7 @@ def build_estimator(
     own = frozenset({"optimizer", "families", "unroll", "augmentation", "devices"})
     estimator = _choose("meta.estimator", _section(meta, "estimator"), ESTIMATORS, own)
     schedule = _choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)()
-    augmentation = _choose(
-        "meta.augmentation", _section(meta, "augmentation"), AUGMENTATIONS, frozenset({"task"})
-    )
+    augmentation = build_augmentation(_section(meta, "augmentation"))
     return estimator(optimizer, families, unroll=schedule, augmentation=augmentation, devices=devices)
 
 

@@ -154,7 +154,7 @@ def _train_step(
 
         (loss, model), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, state = optimizer.with_theta(theta).update(grads, state, params, value=loss)
-        return jax.tree.map(jnp.add, params, updates), model, state, loss
+        return jax.tree.map(jnp.add, params, updates), model, state, task.unscale(loss, sample)
 
     params, model, state, loss = both(one, shared=3)(
         thetas, problems.params, problems.model, problems.optimizer, loss_keys, batch, problems.sample
