@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Array, Family, PyTree, Task
 from celo_nnx.naive import NaiveCelo2, from_config
 
@@ -110,6 +111,12 @@ class NaiveTrainer:
         self, config: ConfigDict, families: list[Family], theta: PyTree, optimizer: NaiveCelo2 | None = None
     ) -> None:
         self.meta, self.families, self.theta = config.meta, families, theta
+        augmentation = config.meta.augmentation
+        known = hasattr(augmentation, "items") and augmentation.kind in ("none", "reparametrization")
+        if not known or augmentation.get("level", "global") != "global":
+            raise UserError(
+                "the published loop knows no meta.augmentation but none and global reparametrization"
+            )
         self.optimizer = optimizer or from_config(config.optimizer)
         rule = config.meta.optimizer
         self.adamw = optax.adamw(
