@@ -268,6 +268,8 @@ def load(source: str | ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
         for key, text in pairs:
             if _is_part(key) is not swap:
                 continue
+            if swap and key.endswith(".truncation.kind"):  # a number may become a schedule
+                key = key.removesuffix(".kind")
             section, last = _locate(config, key)
             if swap:
                 _swap(config, key.removesuffix(".kind"), text)
