@@ -50,7 +50,7 @@ def frobenius_norm(x: Array) -> Array:
 
 
 def root(square: Array) -> Array:
-    """Returns the square root, with derivative 0 at 0, where that of ``jnp.sqrt`` makes NaN of what feeds it."""
+    """Returns the square root, with derivative 0 at 0, where that of ``jnp.sqrt`` is infinite."""
     zero = square == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 

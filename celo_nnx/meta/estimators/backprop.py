@@ -22,8 +22,8 @@ class TruncatedBackprop(Truncated):
 
     Nothing is perturbed: each family has ``pairs`` problems, each trained once. Exact for the truncation, at
     about three times the cost of an unroll and with the state of every step in memory; biased towards short
-    horizons, and large where the inner training is chaotic: clip the meta-gradient. A problem whose gradient is
-    not finite adds nothing.
+    horizons, and large where the inner training is chaotic: clip the meta-gradient. A problem whose gradient
+    is not finite adds nothing.
 
     Source: Werbos, "Backpropagation through time", 1990; Metz et al. 2019 for its use here.
     """

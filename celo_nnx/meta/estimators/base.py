@@ -93,7 +93,7 @@ class Estimator:
         return other
 
     def where(self, patterns: Sequence[str], name: str) -> np.ndarray:
-        """Tells which meta-parameters belong to a leaf whose path has one of the patterns, ``[size of theta]``.
+        """Tells which meta-parameters have one of the patterns in their path, ``[size of theta]``.
 
         Raises:
           UserError: for a pattern that matches nothing.
