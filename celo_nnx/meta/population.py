@@ -259,7 +259,7 @@ def _grouped(
         for split in splits:
             parts = [getattr(families[i], split) for i in members]
             forms = [{k: (v.shape[1:], v.dtype) for k, v in part.items()} for part in parts]
-            sizes = [len(next(iter(part.values()))) for part in parts]
+            sizes = [len(next(iter(part.values()), ())) for part in parts]
             for i, part, form, size in zip(members, parts, forms, sizes, strict=True):
                 if form != forms[0] or size < 1 or any(len(v) != size for v in part.values()):
                     what = "training" if split == "train" else split

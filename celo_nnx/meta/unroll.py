@@ -243,7 +243,8 @@ def unroll(
     pick = jax.vmap(jax.vmap(task.pick), (0, None, None))
     picks = pick(draw_keys, source.start, source.count), None
     if held is not None:
-        held_keys = jax.vmap(at, (None, 0))(draw_key, most + times)
+        # A number that no step has, whatever T is: a shorter truncation sees the same batches.
+        held_keys = jax.vmap(at, (None, 0))(at(draw_key, jnp.uint32(2**32 - 1)), times)
         picks = picks[0], pick(held_keys, held.start, held.count)
     take = jax.vmap(task.take, (None, 0))
 
