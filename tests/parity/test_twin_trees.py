@@ -39,7 +39,7 @@ CANCELLING = 4e-6
 # Five iterations of Newton-Schulz raise what a step has along a small singular value by up to 3.4445^5 = 485,
 # and its rounding with it; slices of 2 by 2 or 3 by 3 often have one that is small.
 ORTHOGONALIZED = 485 * CANCELLING
-# Three quarters of the time is compiling, with these options; without them there is four times as much of it.
+# Compiling is most of the time, and takes three times as long without these options.
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
