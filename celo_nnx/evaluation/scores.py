@@ -17,7 +17,7 @@ import numpy as np
 
 from celo_nnx.errors import UserError, require
 
-SMOOTHING = 50  # the average's time constant is K / 50 steps: 2 % of a run
+SMOOTHING = 25  # the average's time constant is K / 25 steps: 4 % of a run
 LONGEST = 4  # Adam is trained for up to this many times the steps that optimizers are compared at
 # A loss cannot be told from its floor by less than float32 resolves; so no score is above 1 / RESOLUTION.
 RESOLUTION = float(np.finfo(np.float32).eps)
@@ -35,8 +35,8 @@ def smooth(losses: np.ndarray, steps: int | None = None) -> np.ndarray:
       ``[..., n]`` float64; ``inf`` from a run's first non-finite loss on.
 
     Example:
-      >>> smooth(np.array([4.0, 2.0, 2.0]), steps=100).tolist()[:2]
-      [4.0, 2.6666666666666665]
+      >>> smooth(np.array([4.0, 2.0]), steps=100).round(3).tolist()
+      [4.0, 2.857]
     """
     losses = np.asarray(losses, np.float64)
     require(losses.ndim >= 1 and losses.shape[-1] >= 1, "losses' shape", losses.shape, "at least one step")
@@ -136,6 +136,11 @@ def speedup(final: np.ndarray, adam: np.ndarray, steps: int) -> tuple[np.ndarray
     ``K_Adam(L)`` is the first step at which Adam's :func:`envelope` is at or below ``L``. Where it never is,
     the speedup is at least the envelope's length over ``K``, which is taken for it and flagged. A diverged
     run has speedup 0 and no flag.
+
+    Two small biases come with the definition. The average lags by its time constant, so a curve that is
+    Adam's at half the steps has about ``2 - 1 / SMOOTHING``. And a noisy curve first reaches a level a little
+    early: in simulated runs of 1000 steps with losses of 10 to 30 % noise, Adam's speedup over itself was 0.95
+    to 1.00 on average, with a standard deviation of 0.03 to 0.1.
 
     Args:
       final: ``[...]`` final losses of the optimizer after ``steps``.
