@@ -370,6 +370,12 @@ class Task:
         """Returns the loss as it was before augmentations changed its scale."""
         return loss
 
+    def evaluate(
+        self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
+    ) -> Array:
+        """Returns the loss on a batch that is not trained on; the training loss, unless overridden."""
+        return self.loss(params, state, key, batch, sample)[0]
+
     def pick(self, key: Array, start: Array, count: Array) -> PyTree:
         """Decides, with replacement, what a batch holds of examples ``start .. start+count-1``.
 
