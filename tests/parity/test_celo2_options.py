@@ -46,7 +46,7 @@ def composed(*overrides: str, **theta_init: object) -> LearnedOptimizer:
     return build(config.optimizer, theta_init=theta_init or None)
 
 
-def moved(rule: Optimizer, size: float = 1.0) -> tuple[dict[str, np.ndarray], PyTree]:
+def moved(rule: Optimizer, size: float = 1.0, grads: float = 1e-2) -> tuple[dict[str, np.ndarray], PyTree]:
     """Returns the updates ``[STEPS, *S]`` at parameters with a path of their own, and the last state."""
 
     def step(state: PyTree, fed: tuple) -> tuple:
@@ -54,7 +54,7 @@ def moved(rule: Optimizer, size: float = 1.0) -> tuple[dict[str, np.ndarray], Py
         return state, updates
 
     params = drawn(1, STEPS, size=size)
-    start, fed = {name: p[0] for name, p in params.items()}, (drawn(2, STEPS, size=1e-2), params)
+    start, fed = {name: p[0] for name, p in params.items()}, (drawn(2, STEPS, size=grads), params)
     run = jax.jit(lambda start: jax.lax.scan(step, rule.init(start, STEPS), fed))
     state, updates = run(start)
     return jax.tree.map(np.asarray, updates), state
@@ -97,6 +97,21 @@ def test_precondition_comes_last_and_reads_corrected_averages() -> None:
             v = d * v + (1 - d) * g**2
             want = before[name][i] / np.sqrt(v / (1 - d ** (i + 1)) + 1e-6)
             assert_allclose(after[name][i], want, rtol=2e-5, err_msg=f"{name} {i}")
+
+
+@pytest.mark.parametrize("feature", ["factored_gradient", "factored_momentum"])
+def test_bias_correction_of_factors(feature: str) -> None:
+    """Not of the gradient's; of momentum's ``m R C``, where ``1 / (1 - d^t)`` meets its root in ``C``."""
+    raw = ("normalization.kind=identity", "output_normalization.kind=identity")
+    start = {"kind": "hand_made", "feature": feature, "channel": 0}
+    before, after = (moved(composed(*raw, *more, **start), grads=1.0)[0] for more in ((), CORRECTED))
+    power = float(np.float32(0.9)) ** np.arange(1, STEPS + 1)
+    for name in ("matrix", "stack"):
+        gain = np.ones(STEPS) if feature == "factored_gradient" else 1 / np.sqrt(1 - power)
+        want = before[name] * gain.reshape(-1, *(1,) * len(SHAPES[name]))
+        assert np.all(before[name] != 0)
+        assert_allclose(after[name], want, rtol=2e-6, err_msg=name)
+    assert_array_equal(after["vector"], before["vector"])
 
 
 @pytest.mark.parametrize(("limit", "size"), [(0.0, 3.0), (0.2, 3.0), (0.2, 0.1)])
