@@ -213,8 +213,9 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
     cells: list[Any] = [_MetaCell(trainer, devices)]
     if peers:
         from celo_nnx.naive import naive_trainer
+        from celo_nnx.naive_variants import twin
 
-        cells.append(_NaiveCell(naive_trainer(config, families, optimizer.theta)))
+        cells.append(_NaiveCell(naive_trainer(config, families, optimizer.theta, twin(config.optimizer))))
     for _ in range(META_REPEATS):
         for cell in cells:
             cell.time()

@@ -18,8 +18,8 @@ import optax
 from ml_collections import ConfigDict
 
 from celo_nnx.errors import UserError
-from celo_nnx.interfaces import Array, Family, PyTree, Task
-from celo_nnx.naive import NaiveCelo2, from_config
+from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task
+from celo_nnx.naive import from_config
 
 DISPATCH = 10  # inner steps a dispatch
 
@@ -108,7 +108,7 @@ class NaiveTrainer:
     """
 
     def __init__(
-        self, config: ConfigDict, families: list[Family], theta: PyTree, optimizer: NaiveCelo2 | None = None
+        self, config: ConfigDict, families: list[Family], theta: PyTree, optimizer: Optimizer | None = None
     ) -> None:
         self.meta, self.families, self.theta = config.meta, families, theta
         augmentation = config.meta.augmentation

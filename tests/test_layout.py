@@ -64,6 +64,7 @@ ALLOWED = {
     "bench_orthogonalization": LEAVES | {"components"},
     "naive": LEAVES | {"naive_meta", "naive_zoo"},
     "naive_zoo": LEAVES,
+    "naive_variants": LEAVES | {"config", "naive", "naive_zoo"},
     "recordings": LEAVES | {"naive", "naive_zoo", "pretrained", "build", "config"},
     "naive_meta": LEAVES | {"naive"},
 }
