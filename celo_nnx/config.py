@@ -264,6 +264,7 @@ def load(source: str | ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
         if not equals:
             raise UserError(f"override {override!r} is not of the form key=value")
         pairs.append((key.strip(), text))
+    pairs.sort(key=lambda pair: pair[0].count("."))  # a part's kind before those of its own parts
     for swap in (True, False):
         for key, text in pairs:
             if _is_part(key) is not swap:
