@@ -119,7 +119,7 @@ def _estimator(
     given: Mapping[str, Any],
 ) -> GradientEstimator:
     """Builds the estimator of a section; a mixture's are sections of its own."""
-    values = dict(section.items())
+    values = dict(section.items()) if hasattr(section, "items") else {}
     if values.get("kind") == "mixture":
         for part in ("first", "second"):
             if part not in values:
@@ -128,7 +128,7 @@ def _estimator(
         return _choose(name, values, ESTIMATORS)()
     if hasattr(values.get("truncation"), "items"):
         values["truncation"] = _choose(f"{name}.truncation", values["truncation"], TRUNCATIONS)()
-    return _choose(name, values, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
+    return _choose(name, values or section, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
 
 
 def pairs_of(estimator: Mapping[str, Any]) -> int:

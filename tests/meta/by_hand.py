@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -91,19 +92,32 @@ def pes(
     return sums, after
 
 
+@functools.partial(jit, static_argnames="size")
+def _normal(key: Any, numbers: Any, size: int) -> Any:
+    keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n))[0])(numbers)
+    return jax.vmap(lambda key: jax.random.normal(key, (size,)))(keys)
+
+
 def perturbations(key: Any, numbers: Any, std: Any, size: int = 1) -> np.ndarray:
     """What pairs add to theta in the meta-iteration of a key, ``[N, size]``."""
-
-    def one(number: Any) -> Any:
-        return jax.random.normal(jax.random.split(jax.random.fold_in(key, number))[0], (size,))
-
-    return std * np.asarray(jit(jax.vmap(one))(jnp.asarray(numbers)), np.float64)
+    return std * np.asarray(_normal(key, jnp.asarray(numbers), size), np.float64)
 
 
+@jit
 def unroll_keys(key: Any, numbers: Any) -> Any:
     """The keys of the pairs' unrolls in the meta-iteration of a key."""
-    one = jit(jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n))[1]))
-    return one(jnp.asarray(numbers))
+    return jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n))[1])(jnp.asarray(numbers))
+
+
+@functools.partial(jit, static_argnames=("steps", "held"))
+def _picked(keys: Any, start: Any, count: Any, steps: int, held: bool) -> Any:
+    def one(key: Any, start: Any, count: Any) -> Any:
+        draw = jax.random.split(key, 3)[0]
+        draw = jax.random.fold_in(draw, jnp.uint32(LAST)) if held else draw
+        at = jax.vmap(jax.random.fold_in, (None, 0))(draw, jnp.arange(steps))
+        return jax.vmap(lambda key: start + jax.random.randint(key, (), 0, count))(at)
+
+    return jax.vmap(one)(keys, start, count)
 
 
 def batches(estimator: Any, keys: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,13 +129,35 @@ def batches(estimator: Any, keys: Any, steps: int) -> tuple[np.ndarray, np.ndarr
         arrays = [getattr(estimator.families[i], split)["x"] for i in group.members]
         start = np.cumsum([0, *(len(x) for x in arrays[:-1])])[family]
         count = np.array([len(x) for x in arrays])[family]
-
-        def one(key: Any, start: Any, count: Any, held: bool = split != "train") -> Any:
-            draw = jax.random.split(key, 3)[0]
-            draw = jax.random.fold_in(draw, jnp.uint32(LAST)) if held else draw
-            at = jax.vmap(jax.random.fold_in, (None, 0))(draw, jnp.arange(steps))
-            return jax.vmap(group.task.pick, (0, None, None))(at, start, count)
-
-        picked = jit(jax.vmap(one))(keys, start, count)
+        picked = _picked(keys, start, count, steps, split != "train")
         found.append(np.concatenate(arrays).astype(np.float64)[np.asarray(picked)])
     return found[0], found[1]
+
+
+class Meta(NamedTuple):
+    """Meta-losses ``[T, N, 2]``, what counts of them ``[T, N]``, the trajectories' first losses ``[N]``."""
+
+    loss: np.ndarray
+    counts: np.ndarray
+    first: np.ndarray
+
+
+def meta_losses(rows: Losses, first: np.ndarray, settings: dict[str, Any]) -> Meta:
+    """The objective of a truncation by a loop over pairs; ``first`` is NaN where there is no loss yet."""
+    held = settings.get("split", "train") != "train"
+    loss = np.clip(rows.held if held else rows.loss, -50.0, 50.0)
+    first, out = first.copy(), loss.copy()
+    for n in range(loss.shape[1]):
+        for t in range(len(loss)):
+            if not rows.mask[t, n]:
+                first[n] = np.nan
+                continue
+            first[n] = loss[t, n, 0] if np.isnan(first[n]) else first[n]
+            if settings.get("scale") == "first":
+                out[t, n] = loss[t, n] / abs(first[n])
+            elif settings.get("scale") == "log":
+                out[t, n] = np.log(np.maximum(loss[t, n], 1e-6))
+    if settings.get("clip"):
+        out = np.minimum(out, settings["clip"])
+    counts = rows.mask & rows.done if settings.get("steps") == "last" else rows.mask
+    return Meta(out, counts, first)

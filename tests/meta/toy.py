@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import pathlib
+import subprocess
 import sys
 from typing import Any
 
@@ -11,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import celo_nnx
 from celo_nnx.interfaces import Family, Task
 from celo_nnx.meta.estimators import ESTIMATORS, PES, Mixture
 from celo_nnx.meta.meta_optimizers import adamw
@@ -108,6 +112,15 @@ def four_iterations(devices: int) -> dict[str, np.ndarray]:
     row = {name: np.asarray(value)[0] for name, value in metrics.items()}
     traces = with_devices.compiled_run._cache_size()
     return {**row, "drift": again["theta"]["drift"], "iteration": again["iteration"], "programs": traces}
+
+
+def program(*arguments: Any) -> subprocess.Popen:
+    """Starts this file as a program, on the package that is under test."""
+    path = str(pathlib.Path(celo_nnx.__file__).parents[1])
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
 
 
 def first_estimates(devices: int) -> dict[str, np.ndarray]:
