@@ -9,6 +9,9 @@ A run folder holds::
     theta.safetensors  theta of the newest checkpoint, for use
     lock               held by the one process that writes here
 
+A run of several processes (:mod:`celo_nnx.processes`) has one folder, which the first process writes and
+all read.
+
 Everything random comes from the seed and the iteration number, and a checkpoint holds the whole state, so
 a run that is killed at any moment and started again ends with the same theta, bit for bit, given the same
 device kind and count, library versions and XLA flags.
@@ -32,11 +35,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from celo_nnx import processes
 from celo_nnx.devices import choose_devices
 from celo_nnx.errors import UserError, require
 from celo_nnx.interfaces import Family, PyTree
 from celo_nnx.meta import checkpoint, lock, pairs_of
-from celo_nnx.meta.runlog import RunLog, rows
+from celo_nnx.meta.runlog import RunLog, Silent, rows
 from celo_nnx.theta_io import FILE_NAME, save_theta
 
 PACKAGES = ("celo-nnx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -96,24 +100,33 @@ def train(
       >>> train(load("celo2:fast_digits", ["run.iterations=100"]), "runs/a")  # doctest: +SKIP
     """
     run_dir = Path(run_dir)
-    settings = resolve(config)
-    _check_settings(settings)
-    known = _read_config(run_dir)
-    if known is None:
-        _check_free(run_dir)
-    with contextlib.ExitStack() as stack, _disk_errors(run_dir):
-        if known is not None:
-            stack.enter_context(lock.hold(run_dir))
-            _agree(settings, _read_config(run_dir) or {}, f"the run in {run_dir}")
-        pairs = pairs_of(settings["meta"]["estimator"])
-        devices = choose_devices(settings["run"]["devices"], pairs, _recorded_devices(run_dir))
-        work = assemble(config, devices, resumed=bool(checkpoint.steps(run_dir / "checkpoints")))
-        if known is None:  # only now, so that a mistake in the config leaves no folder behind
-            _make_folder(run_dir)
-            stack.enter_context(lock.hold(run_dir))
-            if (there := _read_config(run_dir)) is not None:
-                _agree(settings, there, f"the run in {run_dir}")
-        return _run(settings, run_dir, work, devices, progress, stop or (lambda: 0))
+    processes.join()
+    writer = processes.is_first()
+    with contextlib.ExitStack() as stack:
+        with processes.together(), _disk_errors(run_dir):
+            settings = resolve(config)
+            _check_settings(settings)
+            known = _read_config(run_dir) if writer else None
+            if writer and known is None:
+                _check_free(run_dir)
+            if known is not None:
+                stack.enter_context(lock.hold(run_dir))
+                _agree(settings, _read_config(run_dir) or {}, f"the run in {run_dir}")
+            pairs = pairs_of(settings["meta"]["estimator"])
+            devices = choose_devices(settings["run"]["devices"], pairs, _recorded_devices(run_dir))
+        processes.same("their configs", checkpoint.canonical(settings))
+        found = checkpoint.steps(run_dir / "checkpoints")
+        processes.same(f"the newest checkpoint of {run_dir}", str(found[-1:]))
+        with processes.together(), _disk_errors(run_dir):
+            work = assemble(config, devices, resumed=bool(found))
+            if writer and known is None:  # only now, so that a mistake in the config leaves no folder behind
+                _make_folder(run_dir)
+                stack.enter_context(lock.hold(run_dir))
+                if (there := _read_config(run_dir)) is not None:
+                    _agree(settings, there, f"the run in {run_dir}")
+        processes.same("their data", checkpoint.canonical(work.data))
+        with _disk_errors(run_dir):
+            return _run(settings, run_dir, work, devices, progress, stop or (lambda: 0))
 
 
 @contextlib.contextmanager
@@ -167,36 +180,49 @@ def _run(
     """Loads the newest checkpoint, does what is left, and saves; the folder is locked."""
     options, folder = settings["run"], run_dir / "checkpoints"
     root = _keys(settings["seed"])[1]
-    # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
-    loaded = checkpoint.load(folder, jax.eval_shape(work.trainer.init, root))
     info = _environment(devices) | {"data": work.data}
-    _note_start(run_dir, None, info)
     start = 0
-    if loaded is None and ((run_dir / FILE_NAME).exists() or runlog_rows(run_dir)):
-        raise UserError(
-            f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
+    with processes.together(), _disk_errors(run_dir):
+        # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
+        loaded = checkpoint.load(folder, jax.eval_shape(work.trainer.init, root))
+        _note_start(run_dir, None, info)
+        if loaded is None and ((run_dir / FILE_NAME).exists() or runlog_rows(run_dir)):
+            raise UserError(
+                f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
+            )
+        if loaded is not None:
+            start, state, record = loaded
+            _agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
+            _same_data(work.data, record.get("data", {}))
+            _tell_differences(record, info)
+
+    def begin_log() -> RunLog:
+        write_json(run_dir / "config.json", settings)
+        log = RunLog(
+            run_dir,
+            start,
+            options["iterations"],
+            progress=progress and options["progress"],
+            tensorboard=options["tensorboard"],
+            wandb=options["wandb"],
+            name=run_dir.absolute().name,
         )
-    if loaded is not None:
-        start, state, record = loaded
-        _agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
-        _same_data(work.data, record.get("data", {}))
-        _tell_differences(record, info)
-    write_json(run_dir / "config.json", settings)
-    log = RunLog(
-        run_dir,
-        start,
-        options["iterations"],
-        progress=progress and options["progress"],
-        tensorboard=options["tensorboard"],
-        wandb=options["wandb"],
-        name=run_dir.absolute().name,
-    )
-    _note_start(run_dir, start, info)
+        _note_start(run_dir, start, info)
+        return log
+
+    log: RunLog | Silent = Silent()
+    with processes.together(), _disk_errors(run_dir):
+        if processes.is_first():
+            log = begin_log()
 
     def save(iteration: int, state: PyTree) -> None:
         log.sync()
         checkpoint.save(folder, iteration, state, {"config": settings, **info}, options["keep"])
-        save_theta(run_dir / FILE_NAME, state["theta"], _theta_header(settings, iteration))
+        keep_theta(iteration, processes.to_host(state["theta"]))
+
+    def keep_theta(iteration: int, theta: PyTree) -> None:
+        if processes.is_first():
+            save_theta(run_dir / FILE_NAME, theta, _theta_header(settings, iteration))
 
     with contextlib.closing(log):
         begin = time.monotonic()
@@ -204,9 +230,9 @@ def _run(
             state = work.trainer.init(root)
             save(0, state)
         state, iteration, signum = _iterate(settings, work, state, start, log, save, stop)
-        theta = jax.device_get(state["theta"])
+        theta = processes.to_host(state["theta"])
         if iteration == start:  # the file may be older than the checkpoint, after a kill between the two
-            save_theta(run_dir / FILE_NAME, theta, _theta_header(settings, iteration))
+            keep_theta(iteration, theta)
     seconds = time.monotonic() - begin
     return TrainResult(run_dir, iteration, iteration >= options["iterations"], signum, theta, seconds)
 
@@ -216,7 +242,7 @@ def _iterate(
     work: Work,
     state: PyTree,
     iteration: int,
-    log: RunLog,
+    log: RunLog | Silent,
     save: Callable[[int, PyTree], None],
     stop: Stop,
 ) -> tuple[PyTree, int, int]:
@@ -230,24 +256,31 @@ def _iterate(
     def flush() -> None:
         while waiting:
             metrics, first, count = waiting.pop(0)
-            log.write(rows(jax.device_get(metrics), first, count, work.families, time.time()))
+            log.write(rows(processes.to_host(metrics), first, count, work.families, time.time()))
 
     saved, last = iteration, time.monotonic()
-    signum = 0
-    while iteration < total and not (signum := stop()):
+
+    def ask() -> list[int]:
+        """The signal, and whether a checkpoint is due; processes ask for all of them."""
+        due = time.monotonic() - last >= settings["run"]["checkpoint_seconds"]
+        return processes.most([stop(), due], after=waiting)
+
+    signum, due = ask()
+    while iteration < total and not signum:
         count = min(most, total - iteration)
         state, metrics = work.trainer.run(state, count)
         flush()
         waiting.append((metrics, iteration, count))
         iteration += count
-        if time.monotonic() - last >= settings["run"]["checkpoint_seconds"]:
+        signum, due = ask()
+        if due:
             flush()
             save(iteration, state)
             saved, last = iteration, time.monotonic()
     flush()
     if saved != iteration:
         save(iteration, state)
-    return state, iteration, signum
+    return state, iteration, signum * (iteration < total)
 
 
 @contextlib.contextmanager
@@ -377,6 +410,7 @@ def _environment(devices: int) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     device = jax.local_devices()[0]
     kind = {"platform": device.platform, "kind": device.device_kind, "count": devices}
+    kind["processes"] = processes.count()
     return {"versions": versions, "devices": kind, "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
@@ -422,8 +456,9 @@ def _same_data(mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
 
 def _tell_differences(record: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     keys = ("versions", "devices", "xla_flags")
-    found = differences({k: record.get(k) for k in keys}, {k: info[k] for k in keys})
-    if found:
+    before = {k: record.get(k) for k in keys} | {"devices": {"processes": 1} | record.get("devices", {})}
+    found = differences(before, {k: info[k] for k in keys})
+    if found and processes.is_first():
         text = ", ".join(f"{key} {a!r} -> {b!r}" for key, a, b in found)
         print(f"note: not bit-identical to an uninterrupted run from here on: {text}", file=sys.stderr)
 
