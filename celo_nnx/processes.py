@@ -292,6 +292,8 @@ def put(tree: Any, sharding: Any) -> Any:
         return jax.device_put(tree, sharding)
 
     def place(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer):
+            return jax.device_put(x, sharding)
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
         if _is_key(x):
