@@ -94,14 +94,14 @@ def family(name: str = "a", task: Task | None = None, low: float = -1.0, high: f
     return Family(name, Quadratic() if task is None else task, {"x": x}, {"x": x}, {"x": held})
 
 
-def trainer(devices: int = 1, tasks: int = 1) -> MetaTrainer:
+def trainer(devices: int = 1, tasks: int = 1, per: int = 7) -> MetaTrainer:
     """Two families of one task, and with ``tasks=2`` a third of another."""
     noisy = Quadratic(noise=0.3, spread=1.0)
     families = [family("a", noisy), family("b", noisy, 0.0, 2.0), family("c", Quadratic(target=2.0))]
     families = families[: 1 + tasks]
     options = {"pairs": 4, "std": 0.1, "truncation": 6, "unroll": LogUniform(minimum=3, maximum=20)}
     estimator = PES(Drift(), families, devices=devices, **options)
-    return MetaTrainer(Drift(), estimator, adamw(learning_rate=0.01), iterations_per_dispatch=7)
+    return MetaTrainer(Drift(), estimator, adamw(learning_rate=0.01), iterations_per_dispatch=per)
 
 
 def four_iterations(devices: int) -> dict[str, np.ndarray]:
