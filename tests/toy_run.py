@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent / "meta"))
 def assembled(pause: float = 0.0) -> Any:
     """Patches :func:`celo_nnx.training.assemble` to give the toy trainer."""
 
-    def assemble(config: Any, devices: int, resumed: bool = False) -> training.Work:
+    def assemble(config: Any, devices: int, resumed: bool = False, read: Any = None) -> training.Work:
+        import jax
         import toy
 
         trainer = toy.trainer(devices, tasks=1, per=config["run"]["iterations_per_dispatch"])
@@ -38,7 +39,8 @@ def assembled(pause: float = 0.0) -> Any:
             return run(state, n)
 
         trainer.run = slow
-        return training.Work(trainer, ("a", "b"), {"a": "0" * 64})
+        theta = jax.eval_shape(lambda: trainer.optimizer.theta)
+        return training.Work(trainer, theta, ("a", "b"), {"a": "0" * 64})
 
     return mock.patch.object(training, "assemble", assemble)
 

@@ -23,6 +23,9 @@ AXIS = "particles"
 # Parameters, of both signs, that train together on a CPU device: more of them outgrow its cache, and time
 # grows faster than the number of pairs. Measured on 8x8 image MLPs: 4.6 ms a pair for 32, 5.6 for 256.
 TOGETHER = 2**17
+# A side also reads its own theta in each step, once, where it reads a parameter's planes some sixteen times.
+# Counted in, VeLO of 46,000 meta-parameters takes 9 % less time.
+THETA_SHARE = 16
 Arrays = dict[str, Array]
 
 
@@ -172,7 +175,7 @@ class Population:
             theta: PyTree, states: list[PyTree], pairs: list[Pairs], data: list[dict], shared: PyTree
         ) -> tuple[Array, list[PyTree], dict[str, Array]]:
             parts = [
-                _in_turns(step, group, self._together(group, rest[1]))(theta, *rest, *shared)
+                _in_turns(step, group, self._together(group, theta, rest[1]))(theta, *rest, *shared)
                 for group, *rest in zip(self.groups, states, pairs, data, strict=True)
             ]
             sums = [self._sums(part, own) for part, own in zip(parts, pairs, strict=True)]
@@ -198,12 +201,13 @@ class Population:
         metrics = {"loss": loss, "family_loss": family_loss, "nonfinite": total["nonfinite"]}
         return gradient, states, metrics
 
-    def _together(self, group: Group, pairs: Pairs) -> int:
+    def _together(self, group: Group, theta: PyTree, pairs: Pairs) -> int:
         """Returns how many of this device's pairs of a group train together; the chunks come in turn."""
         here = len(pairs.number)
         if jax.default_backend() != "cpu":
             return here
-        most = max(TOGETHER // (2 * group.size), 1)
+        size = group.size + sum(leaf.size for leaf in jax.tree.leaves(theta)) // THETA_SHARE
+        most = max(TOGETHER // (2 * size), 1)
         divisor = max(d for d in range(1, min(here, most) + 1) if here % d == 0)
         return divisor if 2 * divisor > most else here
 
