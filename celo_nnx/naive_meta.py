@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from celo_nnx.errors import require
 from celo_nnx.interfaces import Array, Family, PyTree, Task
 from celo_nnx.naive import NaiveCelo2, from_config
 
@@ -112,6 +113,8 @@ class NaiveTrainer:
         self.meta, self.families, self.theta = config.meta, families, theta
         self.optimizer = optimizer or from_config(config.optimizer)
         rule = config.meta.optimizer
+        plain = rule.get("kind", "adamw") == "adamw" and isinstance(rule.learning_rate, (int, float))
+        require(plain, "meta.optimizer", rule.to_dict(), "adamw with a constant rate for the plain twin")
         self.adamw = optax.adamw(
             rule.learning_rate, b1=rule.b1, b2=rule.b2, eps=rule.eps, weight_decay=rule.weight_decay
         )

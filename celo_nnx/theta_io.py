@@ -93,7 +93,7 @@ def take(
     Example:
       >>> new, old = ({"rule": {"w": np.full(2, x)}, "rate": np.full(1, x)} for x in (1.0, 0.0))
       >>> take("new", new, old, ("rule/",))
-      {'rule': {'w': array([1., 1.])}, 'rate': array([0.])}
+      {'rate': array([0.]), 'rule': {'w': array([1., 1.])}}
     """
     given, wanted = flatten(theta), flatten(like)
     if only:
