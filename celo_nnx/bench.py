@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from celo_nnx import processes
 from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.interfaces import Family
 
@@ -193,7 +194,7 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
       peers: ``"naive"`` also measures :mod:`celo_nnx.naive_meta`, in turns with it, on one device.
 
     Yields:
-      A row for each: ``thing, devices, s_per_meta_iteration`` (median), ``s_min, s_max,
+      A row for each: ``thing, devices, processes, s_per_meta_iteration`` (median), ``s_min, s_max,
       inner_steps_per_s, compile_s, temp_bytes, argument_bytes, peak_rss_mb``; with a peer also
       ``speedup``, the ratio of its median to the fused program's.
     """
@@ -205,16 +206,19 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
     for peer in peers:
         if peer != "naive":
             raise unknown("peer", peer, ("naive",))
-    devices = choose_devices(config.run.devices, pairs_of(config.meta.estimator))
-    families = synthetic_families(config.tasks)
-    start = first_theta(config.theta_init, config.optimizer)
-    optimizer = build(config.optimizer, jax.random.key(0), start)
-    trainer = build_trainer(config, optimizer, families, devices=devices)
+    processes.join()
+    with processes.together():
+        devices = choose_devices(config.run.devices, pairs_of(config.meta.estimator))
+        families = synthetic_families(config.tasks)
+        start = first_theta(config.theta_init, config.optimizer)
+        optimizer = build(config.optimizer, jax.random.key(0), start)
+        trainer = build_trainer(config, optimizer, families, devices=devices)
     cells: list[Any] = [_MetaCell(trainer, devices)]
     if peers:
         from celo_nnx.naive import naive_trainer
+        from celo_nnx.naive_variants import twin
 
-        cells.append(_NaiveCell(naive_trainer(config, families, optimizer.theta)))
+        cells.append(_NaiveCell(naive_trainer(config, families, optimizer.theta, twin(config.optimizer))))
     for _ in range(META_REPEATS):
         for cell in cells:
             cell.time()
@@ -226,6 +230,7 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
         row = {
             "thing": cell.name,
             "devices": cell.devices,
+            "processes": processes.count(),
             "s_per_meta_iteration": round(median, 4),
             "s_min": round(min(cell.times), 4),
             "s_max": round(max(cell.times), 4),

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from celo_nnx import processes
 from celo_nnx.errors import UserError, unknown
 
 # Nothing here imports JAX before a command runs: --help answers at once.
@@ -65,15 +66,19 @@ def _describe(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from celo_nnx.training import stop_on_signals, train
 
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, processes.session():
         from celo_nnx.config import load
 
-        result = train(load(args.config, args.overrides), args.run_dir, stop=stop)
-    row = {"run_dir": str(result.run_dir), "iteration": result.iteration, "finished": result.finished}
-    print(json.dumps(row | {"stopped_by": result.stopped_by, "seconds": round(result.seconds, 3)}))
-    if not result.finished:
-        print("stopped and saved; the same command goes on from here", file=sys.stderr)
-    print(f"its curves as a page: celo-nnx report {shlex.quote(args.run_dir)}", file=sys.stderr)
+        with processes.together():
+            config = load(args.config, args.overrides)
+        result = train(config, args.run_dir, stop=stop)
+        row = {"run_dir": str(result.run_dir), "iteration": result.iteration, "finished": result.finished}
+        row |= {"stopped_by": result.stopped_by, "seconds": round(result.seconds, 3)}
+        if processes.is_first():
+            print(json.dumps(row))
+            if not result.finished:
+                print("stopped and saved; the same command goes on from here", file=sys.stderr)
+            print(f"its curves as a page: celo-nnx report {shlex.quote(args.run_dir)}", file=sys.stderr)
     return 0
 
 
@@ -101,8 +106,12 @@ def _bench_meta(args: argparse.Namespace) -> int:
     from celo_nnx import bench
     from celo_nnx.config import load
 
-    for row in bench.meta(load(args.config, args.overrides), args.peer):
-        print(json.dumps(row), flush=True)
+    with processes.session():
+        with processes.together():
+            config = load(args.config, args.overrides)
+        for row in bench.meta(config, args.peer):
+            if processes.is_first():
+                print(json.dumps(row), flush=True)
     return 0
 
 
@@ -207,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         "On resume only run.* may differ (more run.iterations extend a run)",
         "train celo2:fast_digits run.iterations=500 --run-dir runs/a",
         "train celo2:fast_digits run.iterations=1000 --run-dir runs/a    # extends it",
+        "train celo2:fast_velo --run-dir runs/b    # the same behind srun: one run on all its tasks",
     )
     config(sub)
     sub.add_argument("--run-dir", required=True, metavar="DIR", help="the run folder")
@@ -364,7 +374,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else list(argv))
         return args.run(args)
     except UserError as error:
-        print(f"celo-nnx: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if processes.is_first():
+            print(f"celo-nnx: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("celo-nnx: interrupted", file=sys.stderr)

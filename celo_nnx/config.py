@@ -176,8 +176,10 @@ def _locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     """Returns the section that holds a dotted key, and the key's last part."""
     section, parts = config, key.split(".")
     for i, part in enumerate(parts):
+        where = ".".join(parts[:i])
+        if isinstance(section, (tuple, list)):
+            raise UserError(f"{where} is a list; its entries are set in a config file")
         if not isinstance(section, ConfigDict) or part not in section:
-            where = ".".join(parts[:i])
             names = list(section.keys()) if isinstance(section, ConfigDict) else []
             raise unknown(f"config key{f' of {where},' if where else ''}", part, names)
         if i < len(parts) - 1:

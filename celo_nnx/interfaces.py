@@ -366,6 +366,16 @@ class Task:
         """Returns (scalar training loss, next model state, auxiliary scalars)."""
         raise NotImplementedError
 
+    def unscale(self, loss: Array, sample: PyTree = ()) -> Array:
+        """Returns the loss as it was before augmentations changed its scale."""
+        return loss
+
+    def evaluate(
+        self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
+    ) -> Array:
+        """Returns the loss on a batch that is not trained on; the training loss, unless overridden."""
+        return self.loss(params, state, key, batch, sample)[0]
+
     def pick(self, key: Array, start: Array, count: Array) -> PyTree:
         """Decides, with replacement, what a batch holds of examples ``start .. start+count-1``.
 
@@ -383,7 +393,7 @@ class Task:
         return self.take(data, self.pick(key, start, count))
 
     def normalize(self, loss: Array) -> Array:
-        """Maps a training loss to the meta-loss; finite for every input, NaN and infinities included."""
+        """Maps an unscaled training loss to the meta-loss; finite even for NaN and infinities."""
         raise NotImplementedError
 
 

@@ -24,8 +24,11 @@ def lines(what: str) -> str:
     """
     if what == "parts":
         from celo_nnx.build import list_parts
+        from celo_nnx.meta.augmentations import AUGMENTATIONS
 
-        return "\n".join(_table(kind, names) for kind, names in list_parts().items())
+        augmentations = {name: (part.__doc__ or "").split("\n")[0] for name, part in AUGMENTATIONS.items()}
+        tables = {**list_parts(), "augmentations": augmentations}
+        return "\n".join(_table(kind, names) for kind, names in tables.items())
     if what == "data":
         from celo_nnx.tasks import listing
 

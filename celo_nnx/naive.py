@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from celo_nnx.errors import unknown
-from celo_nnx.interfaces import Array, Family, PyTree
+from celo_nnx.interfaces import Array, Family, Optimizer, PyTree
 from celo_nnx.naive_zoo import tensors
 from celo_nnx.naive_zoo.tensors import GROUPS, Axes, largest_axes, named_leaves, over, rs
 
@@ -241,7 +241,7 @@ def from_config(config: ConfigDict) -> NaiveCelo2:
 
 
 def naive_trainer(
-    config: ConfigDict, families: list[Family], theta: PyTree, optimizer: NaiveCelo2 | None = None
+    config: ConfigDict, families: list[Family], theta: PyTree, optimizer: Optimizer | None = None
 ) -> NaiveTrainer:
     """Returns the published loop for a config: ``.init(key)`` makes a state, a call does one iteration."""
     from celo_nnx.naive_meta import NaiveTrainer  # which imports this module

@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from celo_nnx.errors import require
-from celo_nnx.interfaces import Array, Family, PyTree, Task
-from celo_nnx.naive import NaiveCelo2, from_config
+from celo_nnx.errors import UserError
+from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task
+from celo_nnx.naive import from_config
 
 DISPATCH = 10  # inner steps a dispatch
 
@@ -108,13 +108,19 @@ class NaiveTrainer:
     """
 
     def __init__(
-        self, config: ConfigDict, families: list[Family], theta: PyTree, optimizer: NaiveCelo2 | None = None
+        self, config: ConfigDict, families: list[Family], theta: PyTree, optimizer: Optimizer | None = None
     ) -> None:
         self.meta, self.families, self.theta = config.meta, families, theta
+        augmentation = config.meta.augmentation
+        known = hasattr(augmentation, "items") and augmentation.kind in ("none", "reparametrization")
+        if not known or augmentation.get("level", "global") != "global":
+            raise UserError(
+                "the published loop knows no meta.augmentation but none and global reparametrization"
+            )
         self.optimizer = optimizer or from_config(config.optimizer)
         rule = config.meta.optimizer
-        plain = rule.get("kind", "adamw") == "adamw" and isinstance(rule.learning_rate, (int, float))
-        require(plain, "meta.optimizer", rule.to_dict(), "adamw with a constant rate for the plain twin")
+        if rule.get("kind", "adamw") != "adamw" or not isinstance(rule.learning_rate, (int, float)):
+            raise UserError("the published loop knows no meta.optimizer but adamw at a constant rate")
         self.adamw = optax.adamw(
             rule.learning_rate, b1=rule.b1, b2=rule.b2, eps=rule.eps, weight_decay=rule.weight_decay
         )

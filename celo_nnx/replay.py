@@ -253,7 +253,7 @@ def _inner(spec: Spec, overrides: Overrides, widths: tuple[int, ...]) -> Callabl
 
 def _task_loss(widths: tuple[int, ...]) -> Callable[..., Array]:
     """The loss as meta-training computes it: the project's task and augmentation."""
-    from celo_nnx.meta.augmentation import Reparametrized
+    from celo_nnx.meta.augmentations.reparametrization import Reparametrized
     from celo_nnx.tasks.image_mlp import ImageMLP
 
     task = Reparametrized(ImageMLP(features=widths[0], hidden=widths[1:-1], classes=widths[-1]))
@@ -263,7 +263,7 @@ def _task_loss(widths: tuple[int, ...]) -> Callable[..., Array]:
             f"linear_{i}": {k: params[f"mlp/~/linear_{i}/{k}"] for k in ("b", "w")}
             for i in range(len(widths) - 1)
         }
-        sample = {"scale": scale, "inner": ()}
+        sample = {"own": scale, "inner": ()}
         return task.loss(layers, {}, jax.random.key(0), {"x": images, "y": labels}, sample)[0]
 
     return loss

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from celo_nnx import processes
 from celo_nnx.errors import UserError, require
 from celo_nnx.meta import checkpoint, lock
 from celo_nnx.phases import Phase
@@ -144,6 +145,7 @@ def environment(devices: int) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
     device = jax.local_devices()[0]
     kind = {"platform": device.platform, "kind": device.device_kind, "count": devices}
+    kind["processes"] = processes.count()
     return {"versions": versions, "devices": kind, "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
 
@@ -191,8 +193,9 @@ def same_data(mine: Mapping[str, str], theirs: Mapping[str, str]) -> None:
 def tell_differences(record: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Notes on stderr what has changed that bit-identity depends on."""
     keys = ("versions", "devices", "xla_flags")
-    found = differences({k: record.get(k) for k in keys}, {k: info[k] for k in keys})
-    if found:
+    before = {k: record.get(k) for k in keys} | {"devices": {"processes": 1} | record.get("devices", {})}
+    found = differences(before, {k: info[k] for k in keys})
+    if found and processes.is_first():
         text = ", ".join(f"{key} {a!r} -> {b!r}" for key, a, b in found)
         print(f"note: not bit-identical to an uninterrupted run from here on: {text}", file=sys.stderr)
 

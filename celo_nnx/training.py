@@ -9,6 +9,9 @@ A run folder holds::
     theta.safetensors  theta of the newest checkpoint, for use
     lock               held by the one process that writes here
 
+A run of several processes (:mod:`celo_nnx.processes`) has one folder, which the first process writes and
+all read.
+
 Everything random comes from the seed and the iteration number, and a checkpoint holds the whole state, so
 a run that is killed at any moment and started again ends with the same theta, bit for bit, given the same
 device kind and count, library versions and XLA flags.
@@ -30,12 +33,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from celo_nnx import run_files
+from celo_nnx import processes, run_files
 from celo_nnx.devices import choose_devices
 from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Family, PyTree
 from celo_nnx.meta import checkpoint, lock, pairs_of
-from celo_nnx.meta.runlog import RunLog, rows
+from celo_nnx.meta.runlog import RunLog, Silent, rows
 from celo_nnx.phases import Phase, phase_at, plan
 from celo_nnx.theta_io import FILE_NAME, save_theta
 
@@ -102,26 +105,35 @@ def train(
       >>> train(load("celo2:fast_digits", ["run.iterations=100"]), "runs/a")  # doctest: +SKIP
     """
     run_dir = Path(run_dir)
-    settings = run_files.resolve(config)
-    run_files.check_settings(settings)
-    phases = plan(config)
-    known = run_files.read_config(run_dir)
-    if known is None:
-        run_files.check_free(run_dir)
-    with contextlib.ExitStack() as stack, run_files.disk_errors(run_dir):
-        if known is not None:
-            stack.enter_context(lock.hold(run_dir))
-            run_files.agree(settings, run_files.read_config(run_dir) or {}, f"the run in {run_dir}")
-        pairs = math.gcd(*(pairs_of(phase.config["meta"]["estimator"]) for phase in phases))
-        recorded = run_files.recorded_devices(run_dir)
-        devices = choose_devices(settings["run"]["devices"], pairs, recorded)
-        works = Works(phases, devices, max(checkpoint.steps(run_dir / "checkpoints"), default=None))
-        if known is None:  # only now, so that a mistake in the config leaves no folder behind
-            run_files.make_folder(run_dir)
-            stack.enter_context(lock.hold(run_dir))
-            if (there := run_files.read_config(run_dir)) is not None:
-                run_files.agree(settings, there, f"the run in {run_dir}")
-        return _run(settings, run_dir, works, devices, progress, stop or (lambda: 0))
+    processes.join()
+    writer = processes.is_first()
+    with contextlib.ExitStack() as stack:
+        with processes.together(), run_files.disk_errors(run_dir):
+            settings = run_files.resolve(config)
+            run_files.check_settings(settings)
+            phases = plan(config)
+            known = run_files.read_config(run_dir) if writer else None
+            if writer and known is None:
+                run_files.check_free(run_dir)
+            if known is not None:
+                stack.enter_context(lock.hold(run_dir))
+                run_files.agree(settings, run_files.read_config(run_dir) or {}, f"the run in {run_dir}")
+            pairs = math.gcd(*(pairs_of(phase.config["meta"]["estimator"]) for phase in phases))
+            recorded = run_files.recorded_devices(run_dir)
+            devices = choose_devices(settings["run"]["devices"], pairs, recorded)
+        processes.same("their configs", checkpoint.canonical(settings))
+        newest = max(checkpoint.steps(run_dir / "checkpoints"), default=None)
+        processes.same(f"the newest checkpoint of {run_dir}", str(newest))
+        with processes.together(), run_files.disk_errors(run_dir):
+            works = Works(phases, devices, newest)
+            if writer and known is None:  # only now, so that a mistake in the config leaves no folder behind
+                run_files.make_folder(run_dir)
+                stack.enter_context(lock.hold(run_dir))
+                if (there := run_files.read_config(run_dir)) is not None:
+                    run_files.agree(settings, there, f"the run in {run_dir}")
+        processes.same("their data", checkpoint.canonical(works.data))
+        with run_files.disk_errors(run_dir):
+            return _run(settings, run_dir, works, devices, progress, stop or (lambda: 0))
 
 
 def read_families(tasks: Mapping[str, Any], data_dir: str) -> tuple[list[Family], dict[str, str]]:
@@ -242,40 +254,46 @@ def _run(
     root, total = _keys(settings["seed"])[1], min(options["iterations"], works.phases[-1].end)
     phase = phase_at(works.phases, max(checkpoint.steps(folder), default=0))
     trainer = works.enter(phase).trainer
-    # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
-    loaded = checkpoint.load(folder, jax.eval_shape(trainer.init, root))
     info = run_files.environment(devices) | {"data": works.data}
-    run_files.note_start(run_dir, None, info)
     start = 0
-    if loaded is None and ((run_dir / FILE_NAME).exists() or run_files.has_rows(run_dir)):
-        raise UserError(
-            f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
-        )
-    if loaded is not None:
-        start, state, record = loaded
-        run_files.agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
-        run_files.same_data(works.data, record.get("data", {}))
-        run_files.tell_differences(record, info)
-    run_files.write_json(run_dir / "config.json", settings)
-    log = RunLog(
-        run_dir,
-        start,
-        total,
-        progress=progress and options["progress"],
-        tensorboard=options["tensorboard"],
-        wandb=options["wandb"],
-        name=run_dir.absolute().name,
-    )
-    run_files.note_start(run_dir, start, info)
+    with processes.together(), run_files.disk_errors(run_dir):
+        # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
+        loaded = checkpoint.load(folder, jax.eval_shape(trainer.init, root))
+        run_files.note_start(run_dir, None, info)
+        if loaded is None and ((run_dir / FILE_NAME).exists() or run_files.has_rows(run_dir)):
+            raise UserError(
+                f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
+            )
+        if loaded is not None:
+            start, state, record = loaded
+            run_files.agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
+            run_files.same_data(works.data, record.get("data", {}))
+            run_files.tell_differences(record, info)
+
+    log: RunLog | Silent = Silent()
+    with processes.together(), run_files.disk_errors(run_dir):
+        if processes.is_first():
+            run_files.write_json(run_dir / "config.json", settings)
+            log = RunLog(
+                run_dir,
+                start,
+                total,
+                progress=progress and options["progress"],
+                tensorboard=options["tensorboard"],
+                wandb=options["wandb"],
+                name=run_dir.absolute().name,
+            )
+            run_files.note_start(run_dir, start, info)
 
     def save(iteration: int, state: PyTree) -> None:
         log.sync()
         checkpoint.save(folder, iteration, state, {"config": settings, **info}, options["keep"])
-        save_learned(iteration, state)
+        keep_theta(iteration, processes.to_host(learned(state)))
 
-    def save_learned(iteration: int, state: PyTree) -> None:
-        at = phase_at(works.phases, iteration)
-        save_theta(run_dir / FILE_NAME, learned(state), run_files.theta_header(settings, iteration, at))
+    def keep_theta(iteration: int, theta: PyTree) -> None:
+        if processes.is_first():
+            at = phase_at(works.phases, iteration)
+            save_theta(run_dir / FILE_NAME, theta, run_files.theta_header(settings, iteration, at))
 
     with contextlib.closing(log):
         begin = time.monotonic()
@@ -283,10 +301,10 @@ def _run(
             state = trainer.init(root)
             save(0, state)
         state, iteration, signum = _iterate(options, total, works, root, state, start, log, save, stop)
+        theta = processes.to_host(learned(state))
         if iteration == start:  # the file may be older than the checkpoint, after a kill between the two
-            save_learned(iteration, state)
+            keep_theta(iteration, theta)
     seconds = time.monotonic() - begin
-    theta = jax.device_get(learned(state))
     return TrainResult(run_dir, iteration, iteration >= total, signum, theta, seconds)
 
 
@@ -302,7 +320,7 @@ def _iterate(
     root: jax.Array,
     state: PyTree,
     iteration: int,
-    log: RunLog,
+    log: RunLog | Silent,
     save: Callable[[int, PyTree], None],
     stop: Stop,
 ) -> tuple[PyTree, int, int]:
@@ -318,18 +336,24 @@ def _iterate(
     def flush() -> None:
         while waiting:
             metrics, first, count = waiting.pop(0)
-            values = jax.device_get(metrics)
+            values = processes.to_host(metrics)
             log.write(rows(values, first, count, work.families, time.time(), phase.name))
 
     saved, last = iteration, time.monotonic()
-    signum = 0
-    while iteration < total and not (signum := stop()):
+
+    def ask() -> list[int]:
+        """The signal, and whether a checkpoint is due; processes ask for all of them."""
+        due = time.monotonic() - last >= options["checkpoint_seconds"]
+        return processes.most([stop(), due], after=waiting)
+
+    signum, due = ask()
+    while iteration < total and not signum:
         if iteration == phase.end:
             flush()
             if saved != iteration:
                 save(iteration, state)
                 saved, last = iteration, time.monotonic()
-            theta = jax.device_get(state["theta"])
+            theta = processes.to_host(state["theta"])
             phase = works.phases[phase.number + 1]
             work = works.enter(phase)
             state = work.trainer.init(root, theta, iteration=iteration, phase=phase.number)
@@ -338,14 +362,15 @@ def _iterate(
         flush()
         waiting.append((metrics, iteration, count))
         iteration += count
-        if time.monotonic() - last >= options["checkpoint_seconds"]:
+        signum, due = ask()
+        if due:
             flush()
             save(iteration, state)
             saved, last = iteration, time.monotonic()
     flush()
     if saved != iteration:
         save(iteration, state)
-    return state, iteration, signum
+    return state, iteration, signum * (iteration < total)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,13 @@ from celo_nnx.experiments import adafac_mlp
 
 def rule() -> dict[str, Any]:
     """Returns the section ``optimizer`` (OPTIMIZERS section 13); give each model's width multipliers."""
-    return adafac_mlp.rule(hidden=(32, 32)) | dict(rate_scale=dict(kind="width", multipliers=()))
+    section = adafac_mlp.rule(hidden=(32, 32))
+    banks = section["accumulators"]
+    return section | dict(
+        accumulators=banks | dict(momentum=banks["momentum"] | dict(limited=True)),
+        schedule=dict(kind="constant", value=1e-2),  # ten times the adafac MLP's
+        rate_scale=dict(kind="width", multipliers=()),
+    )
 
 
 def get_config(tasks: str = "fast_local") -> ConfigDict:

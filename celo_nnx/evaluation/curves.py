@@ -1,4 +1,4 @@
-"""Training curves of one optimizer over a grid of learning rates and seeds, in one compiled program."""
+"""Training and held-out curves of one optimizer over learning rates and seeds, in one compiled program."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from celo_nnx.errors import require
+from celo_nnx.evaluation.baselines import trained
+from celo_nnx.evaluation.scores import final_loss
 from celo_nnx.interfaces import Array, PyTree, Task
 
-FINAL_FRACTION = 0.05
+# Parameters that train together on a CPU device: more of them outgrow its cache, and then runs cost more
+# each.
+TOGETHER = 2**17
+HELD_OUT_KEY = 0x5EED  # decides the held-out batches, the same for every run of a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,38 @@ class Tuned:
         return float(self.medians[self.best])
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What runs are evaluated on besides their training loss.
+
+    A held-out loss is the mean of :meth:`~celo_nnx.interfaces.Task.evaluate` over ``batches`` batches drawn
+    from the examples once: the same for all runs, optimizers and evaluations of a task.
+
+    Attributes:
+      sets: examples by name of the set, ``{"validation": arrays, "test": arrays}``.
+      every: steps between evaluations, a divisor of the run's; 0 for one at the end.
+      batches: batches a set.
+    """
+
+    sets: dict[str, dict[str, Any]]
+    every: int = 0
+    batches: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """What a grid of runs measured.
+
+    Attributes:
+      losses: training loss of every step, ``[n_lr, n_seeds, steps]`` float32, ``inf`` from divergence on.
+      held_out: by set, ``[n_lr, n_seeds, evaluations]`` float32, the last one at the end, ``inf`` from
+        divergence on.
+    """
+
+    losses: np.ndarray
+    held_out: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
 def train_curves(
     make_tx: Callable[..., optax.GradientTransformation],
     task: Task,
@@ -59,14 +97,37 @@ def train_curves(
     steps: int,
     context: tuple[PyTree, ...] = (),
 ) -> np.ndarray:
-    """Trains a task once for every learning rate and seed, and returns the loss of every step.
+    """The training losses of :func:`train_runs`, ``[n_lr, n_seeds, steps]``.
+
+    Example:
+      >>> losses = train_curves(optax.adam, task, data, learning_rates=[1e-3, 1e-2], seeds=[0], steps=100)
+      ... # doctest: +SKIP
+    """
+    grid = dict(learning_rates=learning_rates, seeds=seeds, steps=steps)
+    return train_runs(make_tx, task, data, context=context, **grid).losses
+
+
+def train_runs(
+    make_tx: Callable[..., optax.GradientTransformation],
+    task: Task,
+    data: dict[str, Any],
+    *,
+    learning_rates: Sequence[float],
+    seeds: Sequence[int],
+    steps: int,
+    context: tuple[PyTree, ...] = (),
+    held_out: HeldOut | None = None,
+    eval_params: Callable[[PyTree, PyTree], PyTree] = trained,
+) -> Curves:
+    """Trains a task once for every learning rate and seed.
 
     A seed fixes the initial parameters and every batch, so runs of equal seed are paired across learning
     rates and optimizers. The recorded loss of step ``t`` is the one on its batch before its update. A run is
     diverged from its first non-finite loss on, and ``inf`` from there: it is never dropped.
 
-    Runs are spread over all local devices. The learning rate and ``context`` are traced, so calls with the
-    same ``make_tx``, task and sizes share one compilation.
+    Runs are spread over all local devices; on CPU, those of a device train in turns of as many as fit its
+    cache. The learning rate and ``context`` are traced, so calls with an equal ``make_tx``, task and sizes
+    share one compilation.
 
     Args:
       make_tx: gives the optax rule for ``(learning_rate, *context)``; the loss reaches rules that take it as
@@ -77,78 +138,107 @@ def train_curves(
       seeds: ``[n_seeds]`` integers.
       steps: updates per run.
       context: arrays that ``make_tx`` needs, such as meta-parameters.
+      held_out: further examples to evaluate on.
+      eval_params: (optimizer state, parameters) -> parameters at which held-out losses are taken.
 
     Returns:
-      Losses, ``[n_lr, n_seeds, steps]`` float32.
+      The curves.
 
     Raises:
-      UserError: an empty grid, a learning rate that is not positive, or fewer than one step.
+      UserError: an empty grid, a learning rate that is not positive, fewer than one step, or evaluations that
+        do not divide the run.
 
     Example:
-      >>> losses = train_curves(optax.adam, task, data, learning_rates=[1e-3, 1e-2], seeds=[0], steps=100)
-      ... # doctest: +SKIP
+      >>> curves = train_runs(optax.adam, task, data, learning_rates=[1e-2], seeds=[0], steps=100,
+      ...     held_out=HeldOut({"validation": other}))  # doctest: +SKIP
     """
     rates = np.asarray(learning_rates, np.float32).ravel()
+    held_out = held_out or HeldOut({})
     require(steps >= 1, "steps", steps, "an integer >= 1")
     require(len(seeds) >= 1, "seeds", list(seeds), "at least one integer")
     legal = "at least one number, all finite and > 0"
     require(
         rates.size >= 1 and np.all(rates > 0) and np.all(np.isfinite(rates)), "learning_rates", rates, legal
     )
+    every = held_out.every or steps
+    require(1 <= every and steps % every == 0, "every", held_out.every, f"0 or a divisor of {steps} steps")
+    require(held_out.batches >= 1, "batches", held_out.batches, "an integer >= 1")
     runs = rates.size * len(seeds)
     devices = min(jax.local_device_count(), runs)
-    padded = math.ceil(runs / devices) * devices
+    together = _together(task, math.ceil(runs / devices))
+    padded = math.ceil(runs / (devices * together)) * devices * together
     index = np.minimum(np.arange(padded), runs - 1)
     batch_rates = np.repeat(rates, len(seeds))[index]
     batch_seeds = np.tile(np.asarray(seeds, np.uint32), rates.size)[index]
-    arrays = {name: jnp.asarray(value) for name, value in data.items()}
-    losses = _train(make_tx, task, steps, devices, batch_rates, batch_seeds, arrays, context)
-    return np.asarray(losses)[:runs].reshape(rates.size, len(seeds), steps)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _train(
-    make_tx: Callable[..., optax.GradientTransformation],
-    task: Task,
-    steps: int,
-    devices: int,
-    rates: Array,
-    seeds: Array,
-    data: dict[str, Array],
-    context: tuple[PyTree, ...],
-) -> Array:
-    """Losses ``[runs, steps]`` for rates ``[runs]`` and seeds ``[runs]``."""
-
-    def runs(rates: Array, seeds: Array, data: dict[str, Array], context: tuple[PyTree, ...]) -> Array:
-        one = functools.partial(_train_one, make_tx, task, steps, data=data, context=context)
-        return jax.vmap(one)(rates, seeds)
-
-    if devices == 1:
-        return runs(rates, seeds, data, context)
-    mesh = Mesh(np.array(jax.local_devices()[:devices]), ("runs",))
-    each, shared = PartitionSpec("runs"), PartitionSpec()
-    spread = jax.shard_map(
-        runs, mesh=mesh, in_specs=(each, each, shared, shared), out_specs=each, check_vma=False
+    arrays, sets = jax.tree.map(jnp.asarray, (dict(data), dict(held_out.sets)))
+    program = _Program(make_tx, task, steps, every, held_out.batches, devices, together, eval_params)
+    losses, other = _train(program, batch_rates, batch_seeds, arrays, sets, context)
+    grid = (rates.size, len(seeds), -1)
+    return Curves(
+        np.asarray(losses)[:runs].reshape(grid),
+        {name: np.asarray(value)[:runs].reshape(grid) for name, value in other.items()},
     )
-    return spread(rates, seeds, data, context)
+
+
+def _together(task: Task, here: int) -> int:
+    """Returns how many of a device's runs train at once: all, or on CPU what its cache holds."""
+    if jax.default_backend() != "cpu":
+        return here
+    keys = jax.random.split(jax.random.key(0))
+    params = jax.eval_shape(lambda: task.init(keys[0], task.sample(keys[1]))[0])
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    turns = math.ceil(here / max(TOGETHER // max(size, 1), 1))
+    return math.ceil(here / turns)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What a compiled program depends on besides the shapes of its arrays."""
+
+    make_tx: Callable[..., optax.GradientTransformation]
+    task: Task
+    steps: int
+    every: int
+    batches: int
+    devices: int
+    together: int
+    eval_params: Callable[[PyTree, PyTree], PyTree]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _train(
+    program: _Program, rates: Array, seeds: Array, data: PyTree, sets: PyTree, context: tuple[PyTree, ...]
+) -> tuple[Array, dict[str, Array]]:
+    """(losses ``[runs, steps]``, by set ``[runs, evaluations]``) for rates ``[runs]`` and seeds
+    ``[runs]``."""
+
+    def runs(rates: Array, seeds: Array, data: PyTree, sets: PyTree, context: PyTree) -> PyTree:
+        def one(run: tuple[Array, Array]) -> PyTree:
+            return _train_one(program, *run, data=data, sets=sets, context=context)
+
+        turns = jax.tree.map(lambda x: x.reshape(-1, program.together), (rates, seeds))
+        found = lax.map(jax.vmap(one), turns) if len(turns[0]) > 1 else jax.vmap(one)((rates, seeds))
+        return jax.tree.map(lambda x: x.reshape(len(rates), -1), found)
+
+    if program.devices == 1:
+        return runs(rates, seeds, data, sets, context)
+    mesh = Mesh(np.array(jax.local_devices()[: program.devices]), ("runs",))
+    each, shared = PartitionSpec("runs"), PartitionSpec()
+    specs = (each, each, shared, shared, shared)
+    spread = jax.shard_map(runs, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)
+    return spread(rates, seeds, data, sets, context)
 
 
 def _train_one(
-    make_tx: Callable[..., optax.GradientTransformation],
-    task: Task,
-    steps: int,
-    rate: Array,
-    seed: Array,
-    *,
-    data: dict[str, Array],
-    context: tuple[PyTree, ...],
-) -> Array:
-    """Losses ``[steps]`` of one run."""
+    program: _Program, rate: Array, seed: Array, *, data: PyTree, sets: PyTree, context: tuple[PyTree, ...]
+) -> tuple[Array, dict[str, Array]]:
+    """(losses ``[steps]``, by set ``[evaluations]``) of one run."""
+    task = program.task
     sample_key, init_key, step_key = jax.random.split(jax.random.key(seed), 3)
     sample = task.sample(sample_key)
     params, model_state = task.init(init_key, sample)
-    tx = optax.with_extra_args_support(make_tx(rate, *context))
-    count = jnp.int32(jax.tree.leaves(data)[0].shape[0]) if data else jnp.int32(0)
+    tx = optax.with_extra_args_support(program.make_tx(rate, *context))
+    count = _count(data)
 
     def step(carry: PyTree, index: Array) -> tuple[PyTree, Array]:
         params, model_state, opt_state = carry
@@ -163,33 +253,63 @@ def _train_one(
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         return (optax.apply_updates(params, updates), model_state, opt_state), loss
 
-    _, losses = jax.lax.scan(step, (params, model_state, tx.init(params)), jnp.arange(steps))
-    diverged = jnp.cumsum(~jnp.isfinite(losses)) > 0
-    return jnp.where(diverged, jnp.inf, losses)
+    def stretch(carry: PyTree, indices: Array) -> tuple[PyTree, tuple[Array, dict[str, Array]]]:
+        carry, losses = lax.scan(step, carry, indices)
+        params = program.eval_params(carry[2], carry[0])
+        other = {name: _held_out(program, params, carry[1], sample, data) for name, data in sets.items()}
+        return carry, (losses, other)
+
+    start = (params, model_state, tx.init(params))
+    _, (losses, other) = lax.scan(stretch, start, jnp.arange(program.steps).reshape(-1, program.every))
+    losses, finite = _diverged_to_inf(losses.ravel())
+    by_then = ~finite.reshape(-1, program.every)[:, -1]
+    return losses, {k: _diverged_to_inf(jnp.where(by_then, jnp.inf, x))[0] for k, x in other.items()}
 
 
-def final_losses(losses: np.ndarray) -> np.ndarray:
-    """The final loss of each run: the mean of the last 5 % of its steps (at least one step).
+def _diverged_to_inf(losses: Array) -> tuple[Array, Array]:
+    """(losses ``[n]`` with ``inf`` from the first non-finite one on, where they are finite)."""
+    finite = jnp.cumsum(~jnp.isfinite(losses)) == 0
+    return jnp.where(finite, losses, jnp.inf), finite
 
-    Args:
-      losses: ``[..., steps]``.
 
-    Returns:
-      ``[...]``; ``inf`` for a diverged run.
+def _held_out(program: _Program, params: PyTree, model_state: PyTree, sample: PyTree, data: PyTree) -> Array:
+    """The mean loss over the held-out batches of one set, one batch at a time."""
+    count = _count(data)
 
-    Example:
-      >>> float(final_losses(np.array([9.0] * 38 + [1.0, 3.0])))
-      2.0
-    """
-    last = max(1, round(losses.shape[-1] * FINAL_FRACTION))
-    return np.mean(losses[..., -last:].astype(np.float64), axis=-1)
+    def one(index: Array) -> Array:
+        draw_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(HELD_OUT_KEY), index))
+        batch = program.task.draw(data, draw_key, jnp.int32(0), count)
+        return program.task.evaluate(params, model_state, loss_key, batch, sample)
+
+    return jnp.mean(lax.map(one, jnp.arange(program.batches)))
+
+
+def _count(data: dict[str, Array]) -> Array:
+    return jnp.int32(jax.tree.leaves(data)[0].shape[0]) if data else jnp.int32(0)
 
 
 def tune(losses: np.ndarray, learning_rates: Sequence[float]) -> Tuned:
-    """Chooses the learning rate by the median over seeds of the final loss.
+    """Chooses the learning rate by the final training loss, as :func:`celo_nnx.evaluation.scores.final_loss`.
 
     Args:
       losses: ``[n_lr, n_seeds, steps]``, as :func:`train_curves` returns.
+      learning_rates: ``[n_lr]``, ascending.
+
+    Returns:
+      The choice; see :func:`choose`.
+
+    Example:
+      >>> tune(np.array([[[3.0]], [[1.0]], [[2.0]]]), [0.1, 0.2, 0.3]).learning_rate
+      0.2
+    """
+    return choose(final_loss(losses), learning_rates)
+
+
+def choose(final: np.ndarray, learning_rates: Sequence[float]) -> Tuned:
+    """Chooses the learning rate with the smallest median over seeds.
+
+    Args:
+      final: ``[n_lr, n_seeds]`` final losses, ``inf`` for a diverged run.
       learning_rates: ``[n_lr]``, ascending.
 
     Returns:
@@ -199,13 +319,12 @@ def tune(losses: np.ndarray, learning_rates: Sequence[float]) -> Tuned:
       UserError: the grid does not match the losses or does not ascend.
 
     Example:
-      >>> tune(np.array([[[3.0]], [[1.0]], [[2.0]]]), [0.1, 0.2, 0.3]).learning_rate
-      0.2
+      >>> choose(np.array([[3.0], [2.0], [1.0]]), [0.1, 0.2, 0.3]).warning
+      "the best learning rate, 0.3, lies on the grid's upper edge: widen the grid"
     """
     rates = np.asarray(learning_rates, np.float64)
-    fits = rates.ndim == 1 and len(rates) == len(losses) and bool(np.all(np.diff(rates) > 0))
-    require(fits, "learning_rates", list(learning_rates), f"{len(losses)} ascending numbers")
-    final = final_losses(losses)
+    fits = rates.ndim == 1 and len(rates) == len(final) and bool(np.all(np.diff(rates) > 0))
+    require(fits, "learning_rates", list(learning_rates), f"{len(final)} ascending numbers")
     medians = np.median(final, axis=1)
     best = int(np.argmin(medians))
     warning = ""

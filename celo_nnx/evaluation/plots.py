@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from celo_nnx.evaluation.curves import FINAL_FRACTION, Tuned
+from celo_nnx.evaluation.curves import Tuned
 
 # Told apart by line style as well as by colour, and dark enough for white, light enough for black.
 STYLES = (
@@ -25,6 +25,7 @@ STYLES = (
 )
 INK = "#010203"  # stands for the page's text colour; becomes currentColor in an inline figure
 PAPER_INK = "#24292f"
+SMOOTHED = 0.05  # the part of a run over which training losses are averaged for the eye
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,7 @@ def training_figure(methods: Sequence[Method]) -> Figure:
     axes.set_yscale("log")
     for method, (color, line) in zip(methods, _styles(methods), strict=True):
         losses = method.losses[method.tuned.best].astype(np.float64)
-        window = max(1, round(losses.shape[-1] * FINAL_FRACTION))
+        window = max(1, round(losses.shape[-1] * SMOOTHED))
         smooth = np.stack([_running(row, window, np.mean) for row in losses])
         steps = np.arange(1, losses.shape[-1] + 1)
         alive = np.where(np.isfinite(smooth), smooth, np.nan)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from celo_nnx.errors import UserError, require, unknown
-from celo_nnx.interfaces import Family, GradientEstimator, Optimizer
-from celo_nnx.meta.augmentation import AUGMENTATIONS
+from celo_nnx.interfaces import Family, GradientEstimator, Optimizer, Task
+from celo_nnx.meta.augmentations import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
 from celo_nnx.meta.estimators.base import Estimator
 from celo_nnx.meta.frozen import frozen_mask
@@ -63,6 +63,29 @@ def _section(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return meta[key]
 
 
+def build_augmentation(sections: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Callable[[Task], Task]:
+    """Builds what makes the task that is trained from a family's task.
+
+    Args:
+      sections: ``config.meta.augmentation``: one section, or a list of them, the first innermost.
+
+    Raises:
+      UserError: for an unknown kind or key; a value out of range is found when a task is augmented.
+
+    Example:
+      >>> from celo_nnx.tasks import ImageMLP
+      >>> augment = build_augmentation(({"kind": "label_noise", "high": 0.1}, {"kind": "loss_scale"}))
+      >>> type(augment(ImageMLP(features=64))).__name__
+      'LossScale'
+    """
+    name = "meta.augmentation"
+    named = {name: sections}
+    if isinstance(sections, (tuple, list)):
+        named = {f"{name}[{i}]": section for i, section in enumerate(sections)}
+    makers = [_choose(n, section, AUGMENTATIONS, frozenset({"task"})) for n, section in named.items()]
+    return lambda task: functools.reduce(lambda inner, make: make(inner), makers, task)
+
+
 def build_estimator(
     meta: Mapping[str, Any], optimizer: Optimizer, families: Sequence[Family], devices: int = 1
 ) -> GradientEstimator:
@@ -77,13 +100,10 @@ def build_estimator(
     Raises:
       UserError: for an unknown kind or key, or a value out of range.
     """
-    augmentation = _choose(
-        "meta.augmentation", _section(meta, "augmentation"), AUGMENTATIONS, frozenset({"task"})
-    )
     objective = {"kind": "objective", **dict(meta.get("objective", {}).items())}
     given = dict(
         unroll=_choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)(),
-        augmentation=augmentation,
+        augmentation=build_augmentation(_section(meta, "augmentation")),
         objective=_choose("meta.objective", objective, {"objective": Objective})(),
         frozen=tuple(meta.get("frozen", ())),
         devices=devices,
@@ -99,7 +119,7 @@ def _estimator(
     given: Mapping[str, Any],
 ) -> GradientEstimator:
     """Builds the estimator of a section; a mixture's are sections of its own."""
-    values = dict(section.items())
+    values = dict(section.items()) if hasattr(section, "items") else {}
     if values.get("kind") == "mixture":
         for part in ("first", "second"):
             if part not in values:
@@ -108,7 +128,7 @@ def _estimator(
         return _choose(name, values, ESTIMATORS)()
     if hasattr(values.get("truncation"), "items"):
         values["truncation"] = _choose(f"{name}.truncation", values["truncation"], TRUNCATIONS)()
-    return _choose(name, values, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
+    return _choose(name, values or section, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
 
 
 def pairs_of(estimator: Mapping[str, Any]) -> int:

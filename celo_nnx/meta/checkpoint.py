@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from celo_nnx import processes
 from celo_nnx.errors import UserError
 
 FORMAT = "celo_nnx.run/1"
@@ -46,7 +47,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 def to_host(state: Any) -> dict[str, np.ndarray]:
     """Copies a state to numpy arrays by path; a PRNG key becomes its key data."""
     flat = {k: jax.random.key_data(v) if _is_key(v) else v for k, v in flatten(state).items()}
-    return {k: np.asarray(v) for k, v in jax.device_get(flat).items()}
+    return {k: np.asarray(v) for k, v in processes.to_host(flat).items()}
 
 
 def digest(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
@@ -75,6 +76,8 @@ def canonical(value: Any) -> str:
 
 def save(directory: Path, step: int, state: Any, record: Record, keep: int = 2) -> None:
     """Writes one step and waits until it is on disk; the commit is one rename, so it is there or not.
+
+    All processes of a run call it together, since Orbax has them wait for each other; the first one writes.
 
     Args:
       directory: the folder of all steps.
@@ -164,7 +167,7 @@ def load_step(directory: Path, step: int, like: Any) -> tuple[Any, Record]:
     from orbax.checkpoint import v1 as ocp
 
     try:
-        with _quiet():
+        with _quiet(), _alone():
             stored = ocp.load_checkpointables(path.absolute())["state"]
     except Exception as error:  # Orbax and TensorStore raise many kinds; each means the files are not whole.
         raise UserError(f"checkpoint {path} cannot be read ({_reason(error)})") from error
@@ -183,7 +186,7 @@ def _metadata(path: Path, like: dict[str, Any]) -> tuple[Record, str]:
     from orbax.checkpoint import v1 as ocp
 
     try:
-        with _quiet():
+        with _quiet(), _alone():
             metadata = ocp.checkpointables_metadata(path.absolute())
         custom, stored = metadata.custom_metadata, metadata.metadata["state"]
         stored = {name: (tuple(m.shape), np.dtype(m.dtype)) for name, m in stored.items()}
@@ -226,6 +229,15 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:200]
+
+
+def _alone() -> Any:
+    """Has Orbax read in this process without waiting for the others, which may have failed already."""
+    from orbax.checkpoint import v1 as ocp
+
+    me, context = processes.index(), ocp.Context()
+    context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+    return context
 
 
 @contextlib.contextmanager

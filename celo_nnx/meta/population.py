@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from celo_nnx import processes
 from celo_nnx.errors import UserError, require
 from celo_nnx.interfaces import Array, Family, PyTree, Task
 from celo_nnx.meta.truncation import is_count
@@ -119,14 +120,13 @@ class Population:
         self.groups, self.data = _grouped(families, augmentation, splits)
         self.mesh = self._make_mesh(devices)
         if self.mesh is not None:
-            self.data = jax.device_put(self.data, NamedSharding(self.mesh, PartitionSpec()))
+            self.data = processes.put(self.data, NamedSharding(self.mesh, PartitionSpec()))
 
     def _make_mesh(self, devices: int) -> Mesh | None:
         if devices == 1:
             return None
-        there = jax.devices()
-        legal = f"at most {len(there)}, the number of devices here"
-        require(devices <= len(there), "devices", devices, legal)
+        there = jax.device_count()
+        require(devices <= there, "devices", devices, f"at most {there}, the number of devices here")
         for group in self.groups:
             total = len(group.members) * self.pairs
             if total % devices:
@@ -135,7 +135,7 @@ class Population:
                     f"for each of {len(group.members)} families of one task): must divide {total}"
                 )
         auto = (jax.sharding.AxisType.Auto,)
-        return jax.make_mesh((devices,), (AXIS,), axis_types=auto, devices=there[:devices])
+        return jax.make_mesh((devices,), (AXIS,), axis_types=auto, devices=processes.devices(devices))
 
     def numbers(self, group: Group) -> Pairs:
         """Returns what tells the pairs of a group apart."""
@@ -259,7 +259,7 @@ def _grouped(
         for split in splits:
             parts = [getattr(families[i], split) for i in members]
             forms = [{k: (v.shape[1:], v.dtype) for k, v in part.items()} for part in parts]
-            sizes = [len(next(iter(part.values()))) for part in parts]
+            sizes = [len(next(iter(part.values()), ())) for part in parts]
             for i, part, form, size in zip(members, parts, forms, sizes, strict=True):
                 if form != forms[0] or size < 1 or any(len(v) != size for v in part.values()):
                     what = "training" if split == "train" else split

@@ -181,6 +181,14 @@ class RunLog:
         self._file.close()
 
 
+class Silent:
+    """The log of a process that leaves writing to the first one."""
+
+    def write(self, new: Iterable[Row]) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
+
+
 def make_progress(start: int, total: int) -> Bar | Lines:
     """A bar on a terminal, plain lines elsewhere."""
     return Bar(start, total) if sys.stderr.isatty() else Lines(total)

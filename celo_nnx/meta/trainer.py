@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from celo_nnx import processes
 from celo_nnx.errors import require
 from celo_nnx.interfaces import Array, GradientEstimator, Optimizer, PyTree
 from celo_nnx.meta.population import AXIS
@@ -129,7 +130,7 @@ class MetaTrainer:
         spread = NamedSharding(self._mesh, PartitionSpec(AXIS))
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         return {
-            name: jax.device_put(part, spread if name == "estimator" else everywhere)
+            name: processes.put(part, spread if name == "estimator" else everywhere)
             for name, part in state.items()
         }
 

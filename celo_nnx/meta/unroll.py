@@ -181,8 +181,9 @@ def _train_step(
 
         (loss, model), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, state = optimizer.with_theta(theta).update(grads, state, params, value=loss)
-        held = None if held is None else held.astype(jnp.float32)
-        return jax.tree.map(jnp.add, params, updates), model, state, loss.astype(jnp.float32), held
+        loss = task.unscale(loss, sample).astype(jnp.float32)
+        held = None if held is None else task.unscale(held, sample).astype(jnp.float32)
+        return jax.tree.map(jnp.add, params, updates), model, state, loss, held
 
     params, model, state, loss, held = both(one, shared=3)(
         thetas, problems.params, problems.model, problems.optimizer, loss_keys, batches, problems.sample
@@ -242,7 +243,8 @@ def unroll(
     pick = jax.vmap(jax.vmap(task.pick), (0, None, None))
     picks = pick(draw_keys, source.start, source.count), None
     if held is not None:
-        held_keys = jax.vmap(at, (None, 0))(draw_key, most + times)
+        # A number that no step has, whatever T is: a shorter truncation sees the same batches.
+        held_keys = jax.vmap(at, (None, 0))(at(draw_key, jnp.uint32(2**32 - 1)), times)
         picks = picks[0], pick(held_keys, held.start, held.count)
     take = jax.vmap(task.take, (None, 0))
 
@@ -316,7 +318,8 @@ def losses_at_end(task: Task, problems: Problems, source: Source, keys: Array, b
     """
 
     def one(params: PyTree, model: PyTree, key: Array, batch: PyTree, sample: PyTree) -> Array:
-        return task.normalize(task.loss(params, model, key, batch, sample)[0].astype(jnp.float32))
+        loss = task.loss(params, model, key, batch, sample)[0]
+        return task.normalize(task.unscale(loss, sample).astype(jnp.float32))
 
     def add(i: Array, total: Array) -> Array:
         draw, noise = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i)))(keys), 1, 0)

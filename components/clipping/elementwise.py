@@ -26,7 +26,11 @@ class Elementwise(Clip):
 
 
 class Unlimited(Clip):
-    """Gradients as they are (adafac MLP)."""
+    """Gradients as they are (adafac MLP).
+
+    Nothing keeps a gradient's square within float32: an element above about 1.8e19 overflows there, and the
+    tensor's update is NaN.
+    """
 
     def limit(self, state: dict) -> None:
         return None

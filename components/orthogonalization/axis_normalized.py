@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from celo_nnx.components.orthogonalization.matrices import over_norm, root
 from celo_nnx.errors import require, unknown
 from celo_nnx.interfaces import Orthogonalization, TensorSpec
 
@@ -63,5 +64,5 @@ class AxisNormalized(Orthogonalization):
     def _normalize(self, x: Array, axis: int) -> Array:
         largest = jnp.max(jnp.abs(x), axis, keepdims=True)
         unit = jnp.where(largest > 0, largest, 1.0)  # squares of x itself may overflow
-        rms = largest * jnp.sqrt(jnp.mean(jnp.square(x / unit), axis, keepdims=True))
-        return x / (rms + self.eps)
+        rms = largest * root(jnp.mean(jnp.square(x / unit), axis, keepdims=True))
+        return over_norm(x, rms, self.eps)

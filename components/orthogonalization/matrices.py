@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from celo_nnx.interfaces import TensorSpec
 
@@ -45,4 +46,22 @@ def frobenius_norm(x: Array) -> Array:
     # would make the whole gradient NaN.
     small = jnp.where(large, x * SHRINK, 1.0)
     norm = jnp.sqrt(jnp.sum(small * small, (-2, -1), keepdims=True)) / SHRINK
-    return jnp.where(large, norm, jnp.sqrt(square))
+    return jnp.where(large, norm, root(square))
+
+
+def root(square: Array) -> Array:
+    """Returns the square root, with derivative 0 at 0, where that of ``jnp.sqrt`` is infinite."""
+    zero = square == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
+
+
+def over_norm(x: Array, norm: Array, eps: float) -> Array:
+    """Returns ``x / (norm + eps)``, with derivative 0 where the norm is 0.
+
+    The true one there, 1 / eps, would swamp every other in a meta-gradient by backpropagation.
+
+    Example:
+      >>> jax.grad(lambda x: over_norm(x, jnp.abs(x), 1e-8))(0.0).item()
+      0.0
+    """
+    return jnp.where(norm > 0, x, lax.stop_gradient(x)) / (norm + eps)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from celo_nnx.components.orthogonalization.coefficients import QUINTIC, Row, parse
-from celo_nnx.components.orthogonalization.matrices import frobenius_norm, on_wide_matrix
+from celo_nnx.components.orthogonalization.matrices import frobenius_norm, on_wide_matrix, over_norm
 from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.interfaces import Orthogonalization, TensorSpec
 
@@ -86,7 +86,7 @@ class NewtonSchulz(Orthogonalization):
 
     def _orthogonalize(self, x: Array) -> Array:
         """Maps ``[..., n, m]`` with ``n <= m``."""
-        x = x / (frobenius_norm(x) + self.eps)
+        x = over_norm(x, frobenius_norm(x), self.eps)
         rows = [self._rows[min(i, len(self._rows) - 1)] for i in range(self.steps)]
         for run in _runs(rows) if self.gram else ([row] for row in rows):
             gram = self._product(x, jnp.swapaxes(x, -1, -2))

@@ -23,6 +23,9 @@ class LossBuffer(Tracker):
     The published features partly are the rounding noise of ``1 - d^t`` (OPTIMIZERS 14.2), so ``d^t`` is kept
     as a pair of floats and rounded once, which follows them over long runs.
 
+    A NaN loss, a negative infinite one, or an infinite first one makes this and every later reading NaN. A
+    later infinite loss does not show: it is cut to twice the largest average, as any spike is (B3).
+
     Args:
       size: number of averages, at least 2.
       horizon: the longest time constant; 0 for the length of the run.
@@ -101,8 +104,8 @@ def _product(a: Array, b: Array) -> Pair:
     """Returns ``a b`` and what rounding lost (Dekker's product; 12-bit halves)."""
 
     def split(x: Array) -> Pair:
-        c = 4097.0 * x
-        high = c - (c - x)
+        # Not by Veltkamp's multiplication with 4097, which overflows from 8e34 on.
+        high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
         return high, x - high
 
     p = a * b

@@ -17,6 +17,9 @@ class LossNormalizer(Tracker):
 
     Two numbers: of the training loss, and of the validation loss, which is 0 since no validation is done.
 
+    A NaN or infinite loss makes this and every later reading NaN. A finite one whose distance from the mean
+    overflows when squared (about 2e19) makes the variance infinite: both numbers are 0 from then on.
+
     Args:
       decay: of mean and variance, in (0, 1).
 

@@ -236,6 +236,18 @@ def test_a_zero_row_stays_zero() -> None:
         assert not y[1].any() and np.isfinite(y).all() and y[0].any()
 
 
+@pytest.mark.parametrize("name", ["newton_schulz", "axis_normalized"])
+def test_the_derivative_at_zero_is_zero_and_elsewhere_as_it_was(name: str) -> None:
+    # Reverse mode passes here wherever a step is exactly zero: a dead tensor, or a row of one.
+    part, spec = ORTHOGONALIZATIONS[name](), TensorSpec("w", (2, 4, 6), (1, 2), None)
+    x, weights = jnp.asarray(matrix((2, 4, 6))), jnp.asarray(matrix((2, 4, 6), seed=1))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(part(x, spec) * weights)))
+    dead = gradient(x.at[1].set(0.0))
+    assert not dead[1].any()
+    np.testing.assert_allclose(dead[0], gradient(x)[0], rtol=1e-4, atol=1e-6)
+    assert np.all(gradient(x)[1] != 0)
+
+
 # --- all of them ------------------------------------------------------------------------------------------
 
 VARIED = [(name, {}) for name in ORTHOGONALIZATIONS]

@@ -12,6 +12,7 @@ import pytest
 
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation import curves
+from celo_nnx.evaluation.baselines import Rule
 from celo_nnx.interfaces import Task
 
 
@@ -132,9 +133,86 @@ def test_tune_takes_the_median_and_warns_at_an_edge():
     assert "diverged at every" in curves.tune(np.full((2, 3, 4), np.inf), [1e-1, 1.0]).warning
 
 
-def test_final_loss_is_the_mean_of_the_last_twentieth():
-    assert curves.final_losses(np.arange(100.0)) == pytest.approx(97.0)
-    assert curves.final_losses(np.arange(7.0)) == pytest.approx(6.0)
+def held_out_by_hand(task, data, params, seed_free_key, batches):
+    losses = []
+    for i in range(batches):
+        draw_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed_free_key), i))
+        batch = task.draw({k: jnp.asarray(v) for k, v in data.items()}, draw_key, 0, len(data["x"]))
+        losses.append(float(task.loss(params, (), None, batch)[0]))
+    return np.mean(losses)
+
+
+def test_held_out_losses_are_those_of_the_parameters_at_the_time():
+    task, data = Regression(), regression_data()
+    other = {"x": data["x"][:7] + 1.0, "y": data["y"][:7]}
+    held_out = curves.HeldOut({"validation": other, "test": data}, every=2, batches=3)
+    arguments = dict(learning_rates=[0.05], seeds=[3], steps=6)
+    found = curves.train_runs(optax.sgd, task, data, held_out=held_out, **arguments)
+    np.testing.assert_array_equal(found.losses, curves.train_curves(optax.sgd, task, data, **arguments))
+    assert {k: v.shape for k, v in found.held_out.items()} == {"validation": (1, 1, 3), "test": (1, 1, 3)}
+    _, init_key, step_key = jax.random.split(jax.random.key(3), 3)
+    params, _ = task.init(init_key)
+    for t in range(6):
+        draw_key, _ = jax.random.split(jax.random.fold_in(step_key, t))
+        batch = task.draw({k: jnp.asarray(v) for k, v in data.items()}, draw_key, 0, 20)
+        grads = jax.grad(lambda p, b=batch: task.loss(p, (), None, b)[0])(params)
+        params = jax.tree.map(lambda p, g: p - 0.05 * g, params, grads)
+        if t % 2:
+            for name, examples in (("validation", other), ("test", data)):
+                by_hand = held_out_by_hand(task, examples, params, curves.HELD_OUT_KEY, 3)
+                assert found.held_out[name][0, 0, t // 2] == pytest.approx(by_hand, rel=1e-4)
+    last = curves.train_runs(
+        optax.sgd, task, data, held_out=dataclasses.replace(held_out, every=0), **arguments
+    )
+    np.testing.assert_allclose(last.held_out["test"][..., 0], found.held_out["test"][..., -1], rtol=1e-6)
+
+
+def test_held_out_losses_are_taken_where_the_rule_says():
+    found = curves.train_runs(
+        optax.sgd,
+        Quadratic(),
+        {},
+        learning_rates=[0.1],
+        seeds=[0],
+        steps=2,
+        held_out=curves.HeldOut({"test": {}}, batches=1),
+        eval_params=lambda state, params: jax.tree.map(lambda x: 10 * x, params),
+    )
+    assert found.held_out["test"][0, 0, 0] == pytest.approx(100 * 2.0 * 0.8**4, rel=1e-5)
+
+
+def test_a_diverged_runs_held_out_losses_are_infinite_from_there_on():
+    found = curves.train_runs(
+        optax.sgd,
+        Quadratic(),
+        {},
+        learning_rates=[0.1, 1e10],
+        seeds=[0],
+        steps=8,
+        held_out=curves.HeldOut({"test": {}}, every=1),
+    )
+    diverged = np.isposinf(found.held_out["test"])
+    assert not diverged[0].any() and diverged[1, 0, -5:].all() and not diverged[1, 0, 0]
+    assert (diverged[1, 0] >= np.isposinf(found.losses[1, 0])).all()
+
+
+def test_runs_in_turns_are_the_same_runs(monkeypatch):
+    arguments = dict(learning_rates=[0.01, 0.03, 0.1], seeds=[5, 6], steps=5)
+    at_once = curves.train_curves(optax.adam, Regression(), regression_data(), **arguments)
+    monkeypatch.setattr(curves, "TOGETHER", 16)  # four runs of four parameters fit: two turns of three
+    assert curves._together(Regression(), 6) == 3 and curves._together(Regression(), 5) == 3
+    in_turns = curves.train_curves(optax.adam, Regression(), regression_data(), **arguments)
+    np.testing.assert_allclose(in_turns, at_once, rtol=1e-5)
+    monkeypatch.setattr(curves, "TOGETHER", 1)
+    assert curves._together(Regression(), 6) == 1
+
+
+def test_equal_rules_share_a_compilation():
+    arguments = dict(learning_rates=[0.1], seeds=[0], steps=3)
+    before = curves._train._cache_size()
+    for _ in range(2):
+        curves.train_curves(Rule("sgdm", "cosine", 3), Quadratic(), {}, **arguments)
+    assert curves._train._cache_size() == before + 1
 
 
 @pytest.mark.parametrize(
@@ -144,12 +222,14 @@ def test_final_loss_is_the_mean_of_the_last_twentieth():
         ({"seeds": []}, "seeds"),
         ({"learning_rates": []}, "learning_rates"),
         ({"learning_rates": [0.1, -1.0]}, "learning_rates"),
+        ({"held_out": curves.HeldOut({}, every=2), "steps": 3}, "every = 2"),
+        ({"held_out": curves.HeldOut({}, batches=0)}, "batches = 0"),
     ],
 )
 def test_bad_arguments_are_told_in_one_line(change, words):
     arguments = {"learning_rates": [0.1], "seeds": [0], "steps": 2, **change}
     with pytest.raises(UserError, match=words) as caught:
-        curves.train_curves(optax.sgd, Quadratic(), {}, **arguments)
+        curves.train_runs(optax.sgd, Quadratic(), {}, **arguments)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="ascending"):
         curves.tune(np.ones((2, 1, 1)), [0.2, 0.1])

@@ -52,10 +52,10 @@ def test_exact_credits_the_last_loss_to_the_finished_trajectory():
     np.testing.assert_array_equal(carried, [1, 202, 3])
 
 
-def estimate(estimator, theta, start=0, key=1):
+def estimate(toy, estimator, theta, start=0, key=1):
     """The first meta-iteration: first state, gradient, next state, metrics."""
 
-    @jax.jit
+    @toy.jit
     def run(start, key):
         first = estimator.init(theta, start)
         return first, *estimator(theta, first, key)
@@ -87,7 +87,7 @@ def many_estimates(toy, finished_step, length=7, steps=4, truncations=9, pairs=6
     options = {"pairs": pairs, "std": 0.1, "truncation": steps, "finished_step": finished_step}
     estimator = PES(toy.Drift(), [toy.family()], unroll=Constant(length=length), **options)
 
-    @jax.jit
+    @toy.jit
     @jax.vmap
     def repeat(key):
         state = estimator.init(theta, jax.random.fold_in(key, 99))
@@ -134,7 +134,7 @@ def test_one_truncation_without_reset_is_es_on_the_mean_loss(toy):
         truncation=steps,
         unroll=Constant(length=500),
     )
-    first, gradient, state, metrics = estimate(estimator, theta, key=5)
+    first, gradient, state, metrics = estimate(toy, estimator, theta, key=5)
     assert np.all(np.asarray(first[0].problems.inner_step) < 480)
     # The accumulator holds the perturbations; batches are drawn again from the same keys.
     v = np.asarray(state[0].accumulator[:, 0])
@@ -178,7 +178,7 @@ def test_families_count_equally_and_see_their_own_data(toy):
     estimator = PES(toy.Drift(), apart, **options)
     assert [group.members for group in estimator.population.groups] == [(0, 2), (1,)]
     theta = {"drift": jnp.float32(0.0)}
-    _, _, _, metrics = estimate(estimator, theta)
+    _, _, _, metrics = estimate(toy, estimator, theta)
     low, other, high = np.asarray(metrics["family_loss"])
     assert low < other < high
     np.testing.assert_allclose(metrics["loss"], (low + other + high) / 3, rtol=1e-6)
@@ -189,7 +189,7 @@ def test_nonfinite_losses_are_counted_and_the_gradient_stays_finite(toy):
     families = [toy.family("good"), toy.family("bad", bad)]
     estimator = PES(toy.Drift(), families, pairs=8, std=0.1, truncation=20, unroll=LogUniform())
     theta = {"drift": jnp.float32(0.0)}
-    _, gradient, _, metrics = estimate(estimator, theta)
+    _, gradient, _, metrics = estimate(toy, estimator, theta)
     good, count = np.asarray(metrics["nonfinite"])
     assert good == 0 and 20 < count <= 8 * 2 * 20
     assert np.isfinite(metrics["loss"]) and np.isfinite(gradient["drift"])

@@ -1,8 +1,12 @@
-"""Inner problems small enough to compute by hand; as a program it meta-trains them on N devices."""
+"""Inner problems small enough to compute by hand; as a program it meta-trains them on several devices."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
 import sys
 from typing import Any
 
@@ -10,11 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import celo_nnx
 from celo_nnx.interfaces import Family, Task
-from celo_nnx.meta.estimators.pes import PES
+from celo_nnx.meta.estimators import ESTIMATORS, PES, Mixture
 from celo_nnx.meta.meta_optimizers import adamw
 from celo_nnx.meta.trainer import MetaTrainer
 from celo_nnx.meta.truncation import LogUniform
+
+# Most of these tests is compilation; what they compile is small, and runs as fast without optimization.
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +69,39 @@ class Drift:
         return updates, {**state, "count": state["count"] + 1}
 
 
+class Rated:
+    """A nonlinear optimizer with two leaves: ``-0.1 exp(rate) g + 0.1 drift``; the state counts its steps."""
+
+    def __init__(self, theta: Any = None) -> None:
+        zero = jnp.zeros(())
+        self.theta = {"rule": {"rate": zero}, "schedule": {"drift": zero}} if theta is None else theta
+
+    def with_theta(self, theta: Any) -> Rated:
+        return Rated(theta)
+
+    def init(self, params: Any, num_steps: Any) -> Any:
+        return Drift().init(params, num_steps)
+
+    def update(self, grads: Any, state: Any, params: Any, *, value: Any) -> Any:
+        rate = 0.1 * jnp.exp(self.theta["rule"]["rate"])
+        updates = jax.tree.map(lambda g: -rate * g + 0.1 * self.theta["schedule"]["drift"], grads)
+        return updates, {**state, "count": state["count"] + 1}
+
+
 def family(name: str = "a", task: Task | None = None, low: float = -1.0, high: float = 1.0) -> Family:
-    x = np.linspace(low, high, 11, dtype=np.float32)
-    return Family(name, Quadratic() if task is None else task, {"x": x}, {"x": x})
+    """Eleven numbers from low to high to train on, five others held out."""
+    x, held = np.linspace(low, high, 11, dtype=np.float32), np.linspace(3.0, 5.0, 5, dtype=np.float32)
+    return Family(name, Quadratic() if task is None else task, {"x": x}, {"x": x}, {"x": held})
 
 
-def trainer(devices: int = 1, tasks: int = 1) -> MetaTrainer:
+def trainer(devices: int = 1, tasks: int = 1, per: int = 7) -> MetaTrainer:
     """Two families of one task, and with ``tasks=2`` a third of another."""
     noisy = Quadratic(noise=0.3, spread=1.0)
     families = [family("a", noisy), family("b", noisy, 0.0, 2.0), family("c", Quadratic(target=2.0))]
     families = families[: 1 + tasks]
     options = {"pairs": 4, "std": 0.1, "truncation": 6, "unroll": LogUniform(minimum=3, maximum=20)}
     estimator = PES(Drift(), families, devices=devices, **options)
-    return MetaTrainer(Drift(), estimator, adamw(learning_rate=0.01), iterations_per_dispatch=7)
+    return MetaTrainer(Drift(), estimator, adamw(learning_rate=0.01), iterations_per_dispatch=per)
 
 
 def four_iterations(devices: int) -> dict[str, np.ndarray]:
@@ -84,6 +114,47 @@ def four_iterations(devices: int) -> dict[str, np.ndarray]:
     return {**row, "drift": again["theta"]["drift"], "iteration": again["iteration"], "programs": traces}
 
 
+def program(*arguments: Any) -> subprocess.Popen:
+    """Starts this file as a program, on the package that is under test."""
+    path = str(pathlib.Path(celo_nnx.__file__).parents[1])
+    command = [sys.executable, __file__, *map(str, arguments)]
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+def first_estimates(devices: int) -> dict[str, np.ndarray]:
+    """Every estimator's first gradient and loss, of two families of one task with lengths around 8."""
+    noisy = Quadratic(noise=0.3, spread=1.0)
+    families = [family("a", noisy), family("b", noisy, 0.0, 2.0)]
+    found: dict[str, np.ndarray] = {}
+    for kind in ("pes", "truncated_es", "full_es", "shared_noise", "truncated_backprop", "mixture"):
+
+        def build(kind: str) -> Any:
+            options = {} if kind == "truncated_backprop" else {"std": 0.1}
+            options |= {} if kind == "full_es" else {"truncation": 5}
+            lengths = LogUniform(minimum=4, maximum=9)
+            return ESTIMATORS[kind](
+                Drift(), families, pairs=4, weights=(3.0, 1.0), unroll=lengths, devices=devices, **options
+            )
+
+        mixed = kind == "mixture"
+        estimator = Mixture(build("pes"), build("truncated_es")) if mixed else build(kind)
+
+        @jit
+        def run(theta: Any, data: Any, estimator: Any = estimator) -> Any:
+            bound = estimator.with_data(data)
+            state = bound.init(theta, jax.random.key(5))
+            gradient, _, metrics = bound(theta, state, jax.random.key(6))
+            return gradient["drift"], metrics["family_loss"]
+
+        gradient, loss = run({"drift": jnp.float32(0.3)}, estimator.data)
+        found |= {f"{kind} gradient": np.asarray(gradient), f"{kind} loss": np.asarray(loss)}
+    return found
+
+
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-    np.savez(sys.argv[2], **four_iterations(int(sys.argv[1])))
+    wanted = {"iterations": four_iterations, "estimates": first_estimates}[sys.argv[3]]
+    counts = range(2, int(sys.argv[1]) + 1, 2)
+    np.savez(sys.argv[2], **{f"{n} {k}": x for n in counts for k, x in wanted(n).items()})

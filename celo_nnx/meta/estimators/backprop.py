@@ -22,7 +22,8 @@ class TruncatedBackprop(Truncated):
 
     Nothing is perturbed: each family has ``pairs`` problems, each trained once. Exact for the truncation, at
     about three times the cost of an unroll and with the state of every step in memory; biased towards short
-    horizons, and large where the inner training is chaotic: clip the meta-gradient.
+    horizons, and large where the inner training is chaotic: clip the meta-gradient. A problem whose gradient
+    is not finite adds nothing.
 
     Source: Werbos, "Backpropagation through time", 1990; Metz et al. 2019 for its use here.
     """
@@ -51,12 +52,18 @@ class TruncatedBackprop(Truncated):
         count = len(pairs.number)
 
         def objective(flat: Array) -> tuple[Array, tuple[Problems, Array, Array]]:
-            thetas = unflatten(jnp.broadcast_to(flat, (count, 1, flat.size)), theta)
+            thetas = unflatten(flat[:, None], theta)
             problems, record, loss, counts = self.truncate(
                 group, thetas, state, pairs, data, keys, self.most, iteration, differentiable=True
             )
             loss = mean_loss(loss, counts)
             return jnp.sum(loss * pairs.weight), (problems, loss, nonfinite(record))
 
-        gradient, (problems, loss, bad) = jax.grad(objective, has_aux=True)(flatten(theta))
+        # A theta for each problem, so that one that diverges does not take the others with it.
+        flat = flatten(theta)
+        each, (problems, loss, bad) = jax.grad(objective, has_aux=True)(
+            jnp.broadcast_to(flat, (count, flat.size))
+        )
+        finite = jnp.all(jnp.isfinite(each), 1, keepdims=True)
+        gradient = jnp.sum(jnp.where(finite & self.learned, each, 0.0), 0)
         return Part(gradient, problems, loss, bad)

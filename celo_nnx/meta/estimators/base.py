@@ -16,7 +16,7 @@ from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task, TruncationSchedule
 from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.population import Group, Pairs, Part, Population
-from celo_nnx.meta.truncation import LogUniform, is_count
+from celo_nnx.meta.truncation import NEVER, LogUniform, is_count
 from celo_nnx.meta.unroll import Problems, Record, fresh, partly_done, unroll
 
 OFFSETS = ("uniform", "none")
@@ -80,6 +80,7 @@ class Estimator:
             devices=self.devices,
         )
         self.data, self.mesh = self.population.data, self.population.mesh
+        self.learned = ~self.where(self.frozen, "frozen")
 
     def with_data(self, data: PyTree) -> Self:
         """Returns the same estimator with other arrays in the place of :attr:`data`.
@@ -90,6 +91,25 @@ class Estimator:
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__, data=data)
         return other
+
+    def where(self, patterns: Sequence[str], name: str) -> np.ndarray:
+        """Tells which meta-parameters have one of the patterns in their path, ``[size of theta]``.
+
+        Raises:
+          UserError: for a pattern that matches nothing.
+        """
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self.optimizer.theta)
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        found = np.zeros(len(paths), bool)
+        for pattern in patterns:
+            try:
+                matches = np.array([bool(re.search(pattern, path)) for path in paths])
+            except re.error as error:
+                raise UserError(f"estimator.{name}: {pattern!r} is not a pattern: {error}") from error
+            if not matches.any():
+                raise unknown(f"pattern of estimator.{name}", pattern, paths)
+            found |= matches
+        return np.repeat(found, [np.size(leaf) for _, leaf in leaves])
 
     def init(self, theta: PyTree, key: Array) -> list[PyTree]:
         """Returns the state at the start, one a group of families, all that it draws from ``key``."""
@@ -151,7 +171,8 @@ class Perturbed(Estimator):
         for name, value in (("std", self.std), *(("leaf_std", std) for _, std in self._leaf_std())):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             require(number and 0 < value < math.inf, f"estimator.{name}", value, "a finite number > 0")
-        number = isinstance(self.sign_delta, (int, float)) and 0 <= self.sign_delta < math.inf
+        number = isinstance(self.sign_delta, (int, float)) and not isinstance(self.sign_delta, bool)
+        number = number and 0 <= self.sign_delta < math.inf
         require(number, "estimator.sign_delta", self.sign_delta, "a finite number >= 0 (0 for off)")
         self.stds = self._stds()
 
@@ -165,18 +186,10 @@ class Perturbed(Estimator):
 
     def _stds(self) -> np.ndarray:
         """Returns the standard deviation of every meta-parameter, ``[size of theta]``; 0 where frozen."""
-        paths, _ = jax.tree_util.tree_flatten_with_path(self.optimizer.theta)
-        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-        rules = [*((pattern, 0.0) for pattern in self.frozen), *self._leaf_std()]
-        for pattern, _ in rules:
-            try:
-                found = any(re.search(pattern, name) for name in names)
-            except re.error as error:
-                raise UserError(f"estimator.leaf_std: {pattern!r} is not a pattern: {error}") from error
-            if not found:
-                raise unknown("pattern of estimator.leaf_std", pattern, names)
-        stds = [next((std for pattern, std in rules if re.search(pattern, n)), self.std) for n in names]
-        return np.repeat(np.float32(stds), [np.size(leaf) for _, leaf in paths])
+        stds = np.full(self.learned.shape, self.std, np.float32)
+        for pattern, std in reversed(self._leaf_std()):
+            stds[self.where([pattern], "leaf_std")] = std
+        return np.where(self.learned, stds, np.float32(0.0))
 
     def perturbations(self, keys: Array) -> Array:
         """Draws v for each key, ``[N, size of theta]``."""
@@ -207,7 +220,7 @@ class Truncated(Estimator):
     Attributes:
       truncation: inner steps a meta-iteration, ``T``; or a schedule that draws it for each meta-iteration.
       initial_offset: where the first trajectories begin: at an inner step ``uniform`` below their length, so
-        that they do not all end at once, or ``none``, at 0.
+        that they do not all end at once, or ``none``, at 0; trajectories that never end begin at 0.
     """
 
     truncation: int | TruncationSchedule = 50
@@ -220,6 +233,7 @@ class Truncated(Estimator):
         if self.initial_offset not in OFFSETS:
             raise unknown("estimator.initial_offset", self.initial_offset, OFFSETS)
         self.most = getattr(self.truncation, "maximum", self.truncation)
+        require(self.most < NEVER, "estimator.truncation", "never", "a schedule of truncations that end")
 
     def steps(self, key: Array, iteration: Array) -> Array | int:
         """Returns the steps of this truncation; the same on every device."""
@@ -234,7 +248,8 @@ class Truncated(Estimator):
         pairs = len(numbers.number)
         thetas = jax.tree.map(lambda x: jnp.broadcast_to(x, (pairs, signs, *jnp.shape(x))), theta)
         problems = fresh(self.optimizer, group.task, self.unroll, thetas, start)
-        if self.initial_offset == "none":
+        # A trajectory without an end has no inner step to be spread over.
+        if self.initial_offset == "none" or self.unroll.maximum == NEVER:
             return problems
         return partly_done(problems, offset)
 

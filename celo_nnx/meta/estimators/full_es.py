@@ -13,7 +13,7 @@ from celo_nnx.errors import require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Perturbed
 from celo_nnx.meta.population import Group, Pairs, Part
-from celo_nnx.meta.truncation import is_count
+from celo_nnx.meta.truncation import NEVER, is_count
 from celo_nnx.meta.unroll import Problems, fresh, losses_at_end, unroll
 
 CHUNK = 50  # inner steps whose losses are held at once
@@ -46,7 +46,7 @@ class FullES(Perturbed):
         super().__post_init__()
         require(is_count(self.batches), "estimator.batches", self.batches, "an integer >= 1")
         legal = "a schedule whose trajectories end"
-        require(self.unroll.maximum < 2**31 - 1, "meta.unroll of full_es", "never", legal)
+        require(self.unroll.maximum < NEVER, "meta.unroll of full_es", "never", legal)
 
     def init_group(self, group: Group, theta: PyTree, key: Array) -> tuple[()]:
         """Nothing is carried over."""

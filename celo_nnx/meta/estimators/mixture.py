@@ -6,6 +6,7 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from celo_nnx.errors import require, unknown
@@ -42,7 +43,7 @@ class Mixture:
             raise unknown("estimator.mode", mode, MODES)
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         require(number and 0 <= weight <= 1, "estimator.weight", weight, "a number from 0 to 1")
-        if _shapes(first.data) == _shapes(second.data):  # the same families: their arrays are there once
+        if _same(first.data, second.data):  # the same families: their arrays are there once
             second = second.with_data(first.data)
         self.first, self.second, self.mode, self.weight = first, second, mode, float(weight)
         self.data, self.mesh = (first.data, second.data), first.mesh
@@ -50,7 +51,9 @@ class Mixture:
     def with_data(self, data: PyTree) -> Self:
         """Returns the same estimator with other arrays in the place of :attr:`data`."""
         first, second = (part.with_data(d) for part, d in zip((self.first, self.second), data, strict=True))
-        return type(self)(first, second, mode=self.mode, weight=self.weight)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, first=first, second=second, data=data)
+        return other
 
     def init(self, theta: PyTree, key: Array) -> tuple[PyTree, PyTree]:
         """Returns both estimators' states at the start."""
@@ -83,5 +86,8 @@ class Mixture:
         return gradient, (first, second), metrics
 
 
-def _shapes(data: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: (x.shape, x.dtype), data)
+def _same(one: PyTree, other: PyTree) -> bool:
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
