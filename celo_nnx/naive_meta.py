@@ -119,6 +119,8 @@ class NaiveTrainer:
             )
         self.optimizer = optimizer or from_config(config.optimizer)
         rule = config.meta.optimizer
+        if rule.get("kind", "adamw") != "adamw" or not isinstance(rule.learning_rate, (int, float)):
+            raise UserError("the published loop knows no meta.optimizer but adamw at a constant rate")
         self.adamw = optax.adamw(
             rule.learning_rate, b1=rule.b1, b2=rule.b2, eps=rule.eps, weight_decay=rule.weight_decay
         )
