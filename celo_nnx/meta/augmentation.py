@@ -50,6 +50,11 @@ class Reparametrized(Task):
         legal = f"a finite number >= augmentation.low = {self.low}"
         require(_is_positive(self.high) and self.high >= self.low, "augmentation.high", self.high, legal)
 
+    @property
+    def floor(self) -> float:
+        """The task's."""
+        return self.task.floor
+
     def sample(self, key: Array) -> dict[str, PyTree]:
         """Draws ``{"scale": scalar or tree like the parameters, "inner": the task's own sample}``."""
         scale_key, inner_key, shape_key = jax.random.split(key, 3)
@@ -73,6 +78,13 @@ class Reparametrized(Task):
         """Returns the task's loss at the parameters times the scale."""
         params = self._map(lambda p, s: p * s, params, sample["scale"])
         return self.task.loss(params, state, key, batch, sample["inner"])
+
+    def test_loss(
+        self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
+    ) -> Array:
+        """Returns the task's test loss at the parameters times the scale."""
+        params = self._map(lambda p, s: p * s, params, sample["scale"])
+        return self.task.test_loss(params, state, key, batch, sample["inner"])
 
     def pick(self, key: Array, start: Array, count: Array) -> PyTree:
         """Picks a batch of the inner task."""
