@@ -14,10 +14,11 @@ from celo_nnx.tasks.image_task import ImageTask, check_patch, patches
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPMixer(ImageTask):
-    """Linear of patches, blocks that mix patches and then channels, normalization, mean over patches, linear.
+    """Linear of patches, blocks that mix patches, then channels, normalization, mean over patches, linear.
 
+    A block is ``x + M(N(x)^T)^T``, then ``x + M'(N(x))``, with M and M' linear, activation, linear.
     Pixels are first mapped from [0, 1] to [-1, 1]: a patch of zeros would stay zero up to the first
-    normalization. A block is ``x + M(N(x)^T)^T``, then ``x + M'(N(x))``, with M and M' linear, activation, linear.
+    normalization.
 
     Attributes:
       patch: height and width of a patch, a divisor of ``side``.

@@ -62,7 +62,7 @@ def load_text(name: str, *, level: str, words: int = 1000, data_dir: str = "") -
     Example:
       >>> text = load_text("sums", level="character")
       >>> text.vocabulary, text.tokens.dtype.name
-      (26, 'uint8')
+      (24, 'uint8')
     """
     if level not in LEVELS:
         raise unknown("level", level, LEVELS)
