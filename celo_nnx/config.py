@@ -223,12 +223,13 @@ def _is_part(key: str) -> bool:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-    """Returns a config with every default of the optimizer's parts spelt out, and locked.
+    """Returns a config with every default of the optimizer's parts and of the tasks spelt out, and locked.
 
     Raises:
       UserError: a missing section, an unknown part or key.
     """
     from celo_nnx import build
+    from celo_nnx.tasks import complete
 
     config = ConfigDict(config.to_dict())
     sections = ("seed", "optimizer", "theta_init", "tasks", "meta", "run")
@@ -249,6 +250,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config.theta_init = ConfigDict(THETA_INIT | config.theta_init.to_dict())
     config.run = ConfigDict(run_section() | config.run.to_dict())
     config.optimizer = ConfigDict(build.resolve(config.optimizer.to_dict()))
+    config.tasks = ConfigDict(complete(config.tasks.to_dict()))
     return config.lock()
 
 

@@ -350,7 +350,12 @@ class Task:
     A task is static data (a frozen dataclass: equal tasks share one vmapped batch); its arrays live in a
     :class:`Family`. ``sample`` is what varies between two problems of one task (a reparametrization
     scale, say): any pytree, drawn anew for every trajectory.
+
+    Attributes:
+      floor: the lowest possible loss, where it is known: scores count losses from there.
     """
+
+    floor: float = 0.0
 
     def sample(self, key: Array) -> PyTree:
         """Draws what varies between trajectories; nothing by default."""
@@ -373,7 +378,10 @@ class Task:
     def evaluate(
         self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
     ) -> Array:
-        """Returns the loss on a batch that is not trained on; the training loss, unless overridden."""
+        """Returns the loss of examples that nothing is learned from; a model may then work differently.
+
+        By default the training loss; batch normalization takes its running statistics instead.
+        """
         return self.loss(params, state, key, batch, sample)[0]
 
     def pick(self, key: Array, start: Array, count: Array) -> PyTree:

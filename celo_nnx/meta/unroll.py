@@ -173,7 +173,7 @@ def _train_step(
         sample: PyTree,
     ) -> tuple[PyTree, PyTree, PyTree, Array, Array | None]:
         batch, unseen = batches
-        held = None if unseen is None else task.loss(params, model, key, unseen, sample)[0]
+        held = None if unseen is None else task.evaluate(params, model, key, unseen, sample)
 
         def objective(params: PyTree) -> tuple[Array, PyTree]:
             loss, next_model, _ = task.loss(params, model, key, batch, sample)
@@ -182,7 +182,7 @@ def _train_step(
         (loss, model), grads = jax.value_and_grad(objective, has_aux=True)(params)
         updates, state = optimizer.with_theta(theta).update(grads, state, params, value=loss)
         loss = task.unscale(loss, sample).astype(jnp.float32)
-        held = None if held is None else task.unscale(held, sample).astype(jnp.float32)
+        held = None if held is None else held.astype(jnp.float32)
         return jax.tree.map(jnp.add, params, updates), model, state, loss, held
 
     params, model, state, loss, held = both(one, shared=3)(
@@ -318,8 +318,7 @@ def losses_at_end(task: Task, problems: Problems, source: Source, keys: Array, b
     """
 
     def one(params: PyTree, model: PyTree, key: Array, batch: PyTree, sample: PyTree) -> Array:
-        loss = task.loss(params, model, key, batch, sample)[0]
-        return task.normalize(task.unscale(loss, sample).astype(jnp.float32))
+        return task.normalize(task.evaluate(params, model, key, batch, sample).astype(jnp.float32))
 
     def add(i: Array, total: Array) -> Array:
         draw, noise = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i)))(keys), 1, 0)

@@ -6,120 +6,67 @@ of the user's own, being a program, may add the line itself (:class:`ModuleTask`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, unknown
 from celo_nnx.interfaces import Family
-from celo_nnx.tasks.data import DATASETS, Data, listing, load
-from celo_nnx.tasks.image_mlp import ImageMLP
-from celo_nnx.tasks.nnx_task import ModuleTask
-
-__all__ = ["DATASETS", "TASKS", "Data", "ImageMLP", "ModuleTask", "build_families", "listing", "load"]
-
-IMAGE_MLP_KEYS = (
-    "kind",
-    "datasets",
-    "image_size",
-    "hidden",
-    "activation",
-    "batch_size",
-    "normalizer_clip",
-    "validation",
+from celo_nnx.tasks.analytic import Analytic, Quadratic
+from celo_nnx.tasks.autoencoder import Autoencoder
+from celo_nnx.tasks.builders import (
+    AnalyticFamilies,
+    ImageFamilies,
+    TextFamilies,
+    WrappingFamilies,
+    hold_out,
+    within,
 )
+from celo_nnx.tasks.conv_net import ConvNet
+from celo_nnx.tasks.data import DATASETS, Data, load
+from celo_nnx.tasks.data import listing as image_listing
+from celo_nnx.tasks.image_mlp import ImageMLP
+from celo_nnx.tasks.learned_optimizer import LearnedOptimizerTask
+from celo_nnx.tasks.mlp_mixer import MLPMixer
+from celo_nnx.tasks.nnx_task import ModelTask, ModuleTask
+from celo_nnx.tasks.res_net import ResNet
+from celo_nnx.tasks.rnn import RecurrentLM
+from celo_nnx.tasks.text import load_text, texts
+from celo_nnx.tasks.transformer import TransformerLM
+from celo_nnx.tasks.variation import combinations
+from celo_nnx.tasks.vision_transformer import VisionTransformer
+
+__all__ = [
+    "DATASETS",
+    "TASKS",
+    "Data",
+    "ImageMLP",
+    "ModelTask",
+    "ModuleTask",
+    "build_families",
+    "complete",
+    "hold_out",
+    "listing",
+    "load",
+    "load_text",
+]
 
 
-def image_mlp_families(settings: Mapping[str, Any], data_dir: str = "") -> list[Family]:
-    """Returns one family a data set: its images at ``image_size``, grey, classified by one MLP.
-
-    Families with as many classes have equal tasks, so they run as one batch.
-
-    Args:
-      settings: exactly the keys :data:`IMAGE_MLP_KEYS`.
-      data_dir: a folder of ``NAME.npz``, looked up first; empty for none.
-
-    Returns:
-      The families, in the order of ``settings["datasets"]``.
-
-    Raises:
-      UserError: a key, name or value that is not legal, or data that cannot be had.
-    """
-    for key in settings:
-        if key not in IMAGE_MLP_KEYS:
-            raise unknown("setting", f"tasks.{key}", [f"tasks.{known}" for known in IMAGE_MLP_KEYS])
-    for key in IMAGE_MLP_KEYS:
-        if key not in settings:
-            raise UserError(f"tasks.{key} is missing: the kind {settings['kind']!r} needs it")
-    names, hidden = (settings[key] for key in ("datasets", "hidden"))
-    for key, value in (("datasets", names), ("hidden", hidden)):
-        if not isinstance(value, (tuple, list)):
-            raise UserError(f"tasks.{key} = {value!r} is out of range: must be a tuple")
-    if not names or len(set(names)) != len(names):
-        raise UserError(
-            f"tasks.datasets = {tuple(names)!r} is out of range: must be one or more different names"
-        )
-
-    def task(features: int, classes: int) -> ImageMLP:
-        values = {key: settings[key] for key in ("activation", "batch_size", "normalizer_clip")}
-        return ImageMLP(features=features, hidden=tuple(hidden), classes=classes, **values)
-
-    task(features=1, classes=10)  # settings are checked before minutes may go into data
-    share = settings["validation"]
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    require(number and 0 <= share < 1, "tasks.validation", share, "a fraction in [0, 1)")
-    families = []
-    for name in names:
-        data = load(name, size=settings["image_size"], grey=True, data_dir=data_dir)
-        families.append(
-            Family(
-                name=name,
-                task=task(data.train_x.shape[1], data.classes),
-                test={"x": data.test_x, "y": data.test_y},
-                **hold_out({"x": data.train_x, "y": data.train_y}, share),
-            )
-        )
-    return families
-
-
-def hold_out(train: Mapping[str, np.ndarray], share: float) -> dict[str, dict[str, np.ndarray]]:
-    """Holds a share of the training examples out, the same ones each time.
-
-    Args:
-      train: arrays by name, example axis leading.
-      share: which part is held out, in [0, 1); rounded to whole examples.
-
-    Returns:
-      ``{"train": ..., "validation": ...}``, each in the order of ``train``; validation is empty for 0.
-
-    Example:
-      >>> {k: len(v["x"]) for k, v in hold_out({"x": np.arange(10)}, 0.2).items()}
-      {'train': 8, 'validation': 2}
-    """
-    total = len(next(iter(train.values())))
-    held = np.zeros(total, bool)
-    held[np.random.default_rng(0).permutation(total)[: round(share * total)]] = True
-    if not held.any():
-        return {"train": dict(train), "validation": {}}
-    return {
-        "train": {name: x[~held] for name, x in train.items()},
-        "validation": {name: x[held] for name, x in train.items()},
-    }
-
-
-TASKS: dict[str, Callable[[Mapping[str, Any], str], list[Family]]] = {"image_mlp": image_mlp_families}
+def listing(data_dir: str = "") -> dict[str, str]:
+    """Returns one line about every data set that has a name here: images, then texts."""
+    return image_listing(data_dir) | texts(data_dir)
 
 
 def build_families(tasks_config: Mapping[str, Any], data_dir: str = "") -> list[Family]:
     """Returns the task families of a config's section ``tasks``.
 
     Args:
-      tasks_config: ``kind``, a key of :data:`TASKS`, and that kind's settings.
-      data_dir: a folder of ``NAME.npz``, looked up first; empty for none.
+      tasks_config: ``kind``, a key of :data:`TASKS`, and that kind's settings. With ``vary``, ``sample`` and
+        ``sample_seed`` it stands for several sections: see :func:`celo_nnx.tasks.variation.combinations`.
+      data_dir: a folder of data files, looked up first; empty for none.
 
     Returns:
-      The families.
+      The families; their names differ.
 
     Raises:
       UserError: a key, name or value that is not legal, or data that cannot be had.
@@ -129,7 +76,68 @@ def build_families(tasks_config: Mapping[str, Any], data_dir: str = "") -> list[
       >>> [family.name for family in build_families(fast_digits.get_config())]
       ['digits']
     """
-    kind = tasks_config.get("kind")
+    section = complete(tasks_config)
+    made = []
+    for suffix, one in combinations(section):
+        families = TASKS[section["kind"]](one, data_dir)
+        made += [dataclasses.replace(f, name=f.name + suffix) for f in families] if suffix else families
+    return made
+
+
+def complete(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a section of tasks with every default filled in.
+
+    Kinds that are plain functions know no defaults: their sections are returned as they are.
+
+    Raises:
+      UserError: a kind or key that is unknown, or a key that is missing.
+    """
+    section = dict(section.items())
+    kind = section.get("kind")
     if kind not in TASKS:
         raise unknown("task kind", kind, TASKS)
-    return TASKS[kind](tasks_config, data_dir)
+    fill = getattr(TASKS[kind], "complete", None)
+    return fill(section) if fill else section
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The families of several sections, ``parts``, side by side: named ``PART/FAMILY``."""
+
+    def complete(self, section: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the section with every default of its parts filled in."""
+        for key in section:
+            if key not in ("kind", "parts"):
+                raise unknown("setting", f"tasks.{key}", ("tasks.kind", "tasks.parts"))
+        parts = section.get("parts")
+        if not parts or not hasattr(parts, "items"):
+            raise UserError(
+                f"tasks.parts = {parts!r} is out of range: must be a section of one or more sections"
+            )
+        return dict(section) | {
+            "parts": {name: within(f"parts.{name}", complete, part) for name, part in parts.items()}
+        }
+
+    def __call__(self, settings: Mapping[str, Any], data_dir: str = "") -> list[Family]:
+        """Returns the families, part by part."""
+        return [
+            dataclasses.replace(family, name=f"{name}/{family.name}")
+            for name, part in self.complete(settings)["parts"].items()
+            for family in within(f"parts.{name}", build_families, part, data_dir)
+        ]
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any], str], list[Family]]] = {
+    "image_mlp": ImageFamilies(ImageMLP),
+    "image_autoencoder": ImageFamilies(Autoencoder),
+    "conv_net": ImageFamilies(ConvNet),
+    "res_net": ImageFamilies(ResNet),
+    "vision_transformer": ImageFamilies(VisionTransformer),
+    "mlp_mixer": ImageFamilies(MLPMixer),
+    "recurrent_lm": TextFamilies(RecurrentLM),
+    "transformer_lm": TextFamilies(TransformerLM),
+    "quadratic": AnalyticFamilies(Quadratic),
+    "analytic": AnalyticFamilies(Analytic),
+    "learned_optimizer": WrappingFamilies(LearnedOptimizerTask, build_families, complete),
+    "mixture": Mixture(),
+}

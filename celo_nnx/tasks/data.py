@@ -23,6 +23,7 @@ DATASETS: dict[str, str] = {
     "mnist": "70,000 handwritten digits, 28x28 (Hugging Face hub: ylecun/mnist, or mnist.npz)",
     "fashion_mnist": "70,000 pieces of clothing, 28x28 (hub zalandoresearch/fashion_mnist, or a .npz)",
     "cifar10": "60,000 photographs, 32x32 RGB (hub uoft-cs/cifar10, or cifar10.npz)",
+    "cifar100": "60,000 photographs of 100 classes, 32x32 RGB (hub uoft-cs/cifar100, or cifar100.npz)",
     "svhn_cropped": "99,289 house numbers, 32x32 RGB (hub ufldl-stanford/svhn, or svhn_cropped.npz)",
     "mnist_8x8": "MNIST at 8x8 (mnist_8x8.npz)",
     "cifar10_8x8_gray": "CIFAR-10 at 8x8, grey (cifar10_8x8_gray.npz)",
@@ -84,13 +85,8 @@ def load(name: str, *, size: int, grey: bool, data_dir: str = "") -> Data:
         size,
         f"an integer from 1 to {MAX_SIZE}",
     )
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"data set name = {name!r} is not a name: must be letters, digits, '_', '-' and '.'")
-    if data_dir and not Path(data_dir).is_dir():
-        raise UserError(
-            f"run.data_dir = {data_dir!r} is not a folder: must be one that holds {name}.npz, or empty"
-        )
-    for folder in _folders(data_dir):
+    check_place(name, f"{name}.npz", data_dir)
+    for folder in folders(data_dir):
         path = folder / f"{name}.npz"
         if path.is_file():
             key = {"file": _file_digest(path)}
@@ -98,7 +94,7 @@ def load(name: str, *, size: int, grey: bool, data_dir: str = "") -> Data:
     if name == "digits":
         key = {"digits": importlib.metadata.version("scikit-learn")}
         return _prepared(name, "scikit-learn load_digits", key, _digits, 16.0, size, grey)
-    elsewhere = _looked_for(name, data_dir)
+    elsewhere = looked_for(f"{name}.npz", data_dir)
     if name in hub.SOURCES:
         source = f"Hugging Face hub {hub.SOURCES[name].repository}"
         read = lambda: npz.check_labels(source, hub.read(name, elsewhere))  # noqa: E731
@@ -111,29 +107,39 @@ def load(name: str, *, size: int, grey: bool, data_dir: str = "") -> Data:
     raise UserError(f"{unknown('data set', name, listing(data_dir))}; {elsewhere}")
 
 
+def check_place(name: object, file: str, data_dir: str) -> None:
+    """Checks that a data set's name is one, and that the folder of its file exists."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"data set name = {name!r} is not a name: must be letters, digits, '_', '-' and '.'")
+    if data_dir and not Path(data_dir).is_dir():
+        raise UserError(
+            f"run.data_dir = {data_dir!r} is not a folder: must be one that holds {file}, or empty"
+        )
+
+
 def listing(data_dir: str = "") -> dict[str, str]:
     """Returns one line about every data set that has a name here, files in the folders included."""
     found = {
-        path.stem: f"file {path}" for folder in _folders(data_dir) for path in sorted(folder.glob("*.npz"))
+        path.stem: f"file {path}" for folder in folders(data_dir) for path in sorted(folder.glob("*.npz"))
     }
     return DATASETS | {
         name: f"{DATASETS[name]}: {line}" if name in DATASETS else line for name, line in found.items()
     }
 
 
-def _folders(data_dir: str) -> list[Path]:
-    """Returns the folders in which ``NAME.npz`` is looked for, first to last."""
+def folders(data_dir: str) -> list[Path]:
+    """Returns the folders in which files of data are looked for, first to last."""
     return [Path(folder) for folder in (data_dir, os.environ.get("CELO_NNX_DATA", "")) if folder]
 
 
-def _looked_for(name: str, data_dir: str) -> str:
+def looked_for(file: str, data_dir: str) -> str:
     """Says where a file was looked for, for messages."""
     environment = os.environ.get("CELO_NNX_DATA", "")
     shown = [
         f"run.data_dir ({data_dir or 'unset'})",
         f"CELO_NNX_DATA ({environment or 'unset'})",
     ]
-    return f"looked for {name}.npz in {' and '.join(shown)}"
+    return f"looked for {file} in {' and '.join(shown)}"
 
 
 def _digits() -> Raw:
@@ -169,8 +175,8 @@ def _prepared(
         arrays = _prepare_all(name, read(), scale, size, grey)
         _cache_write(cached, arrays)
     top = 1 + max(int(arrays["train_y"].max()), int(arrays["test_y"].max()))
-    # A known set has ten classes even where a sample of it lacks the last ones.
-    classes = max(top, 10) if name in DATASETS else top
+    # A known set has its classes even where a sample of it lacks the last ones.
+    classes = max(top, 100 if name == "cifar100" else 10) if name in DATASETS else top
     return Data(name=name, classes=classes, source=source, digest=digest(arrays), **arrays)
 
 

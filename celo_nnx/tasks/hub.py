@@ -22,6 +22,7 @@ SOURCES: dict[str, Source] = {
     "mnist": Source("ylecun/mnist", None, "image"),
     "fashion_mnist": Source("zalandoresearch/fashion_mnist", None, "image"),
     "cifar10": Source("uoft-cs/cifar10", None, "img"),
+    "cifar100": Source("uoft-cs/cifar100", None, "img", "fine_label"),
     "svhn_cropped": Source("ufldl-stanford/svhn", "cropped_digits", "image"),
 }
 

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import require
 from celo_nnx.interfaces import Array, PyTree, Task
+from celo_nnx.tasks.fields import (
+    ACTIVATIONS,
+    INITIALIZATIONS,
+    check_counts,
+    check_names,
+    check_positive,
+    check_widths,
+    clipped,
+    is_count,
+    pick_examples,
+)
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-}
-MAX_WIDTH = 65_536
+__all__ = ["ACTIVATIONS", "ImageMLP", "dense", "initial_dense", "pick_examples"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageMLP(Task):
     """An MLP ``features - hidden... - classes`` under mean softmax cross-entropy.
 
-    Parameters: ``{"linear_0": {"b": [width], "w": [features, width]}, "linear_1": ...}``, the logits last.
-    Weights start as a normal of standard deviation ``1/sqrt(fan_in)`` cut at two of them (not rescaled
-    after the cut), biases at zero.
+    Parameters: ``{"linear_0": {"b": [width], "w": [features, width]}, "linear_1": ...}``, the logits last;
+    with layer normalization also ``"norm_0": {"bias": [width], "scale": [width]}`` and so on. A hidden layer
+    is linear, normalization, activation.
 
     Attributes:
       features: length of a flattened image.
@@ -36,6 +40,8 @@ class ImageMLP(Task):
       batch_size: examples a batch.
       activation: a key of :data:`ACTIVATIONS`.
       normalizer_clip: the meta-loss is cut at this many times ``ln(classes)``, the loss of a uniform guess.
+      normalization: ``none`` or ``layer``.
+      initialization: of weights, a key of :data:`~celo_nnx.tasks.fields.INITIALIZATIONS`; biases are zero.
 
     Example:
       >>> task = ImageMLP(features=64, hidden=(32,), classes=10)
@@ -51,44 +57,41 @@ class ImageMLP(Task):
     batch_size: int = 64
     activation: str = "relu"
     normalizer_clip: float = 1.5
+    normalization: str = "none"
+    initialization: str = "cut_normal"
 
     def __post_init__(self) -> None:
         """Checks every value; raises :class:`~celo_nnx.errors.UserError`."""
-        object.__setattr__(self, "hidden", tuple(self.hidden))
-        width = f"an integer from 1 to {MAX_WIDTH}"
-        for name, value in (("features", self.features), ("batch_size", self.batch_size)):
-            require(_is_int(value) and value >= 1, name, value, "an integer >= 1")
-        require(
-            all(_is_int(n) and 1 <= n <= MAX_WIDTH for n in self.hidden),
-            "hidden",
-            self.hidden,
-            f"each {width}",
-        )
-        require(_is_int(self.classes) and self.classes >= 2, "classes", self.classes, "an integer >= 2")
-        clip = self.normalizer_clip
-        good = isinstance(clip, (int, float)) and 0 < clip < math.inf
-        require(good, "normalizer_clip", clip, "a finite number > 0")
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
+        require(is_count(self.features), "features", self.features, "an integer >= 1")
+        check_widths(self, "hidden", least=0)
+        check_counts(self, "batch_size")
+        require(is_count(self.classes) and self.classes >= 2, "classes", self.classes, "an integer >= 2")
+        check_positive(self, "normalizer_clip")
+        tables = dict(activation=ACTIVATIONS, initialization=INITIALIZATIONS)
+        check_names(self, **tables, normalization=("none", "layer"))
+
+    @staticmethod
+    def fields_of(side: int, colors: int, classes: int) -> dict[str, int]:
+        """Returns the fields that images of this size decide."""
+        return {"features": side * side * colors, "classes": classes}
 
     def init(self, key: Array, sample: PyTree = ()) -> tuple[PyTree, PyTree]:
         """Returns (parameters, empty model state)."""
         widths = (self.features, *self.hidden, self.classes)
-        keys = jax.random.split(key, len(widths) - 1)
-        params = {}
-        for i, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            normal = jax.random.truncated_normal(keys[i], -2.0, 2.0, (fan_in, fan_out), jnp.float32)
-            params[f"linear_{i}"] = {"b": jnp.zeros((fan_out,), jnp.float32), "w": normal / math.sqrt(fan_in)}
+        params = initial_dense(key, widths, self.initialization)
+        if self.normalization == "layer":
+            for i, width in enumerate(self.hidden):
+                params[f"norm_{i}"] = {"bias": jnp.zeros((width,)), "scale": jnp.ones((width,))}
         return params, {}
 
     def logits(self, params: PyTree, x: Array) -> Array:
         """Returns the class scores ``[n, classes]`` of flat images ``[n, features]``."""
-        for i in range(len(self.hidden) + 1):
-            layer = params[f"linear_{i}"]
-            x = x @ layer["w"] + layer["b"][None, :]
-            if i < len(self.hidden):
-                x = ACTIVATIONS[self.activation](x)
-        return x
+        for i in range(len(self.hidden)):
+            x = dense(params[f"linear_{i}"], x)
+            if self.normalization == "layer":
+                x = _layer_norm(params[f"norm_{i}"], x)
+            x = ACTIVATIONS[self.activation](x)
+        return dense(params[f"linear_{len(self.hidden)}"], x)
 
     def loss(
         self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
@@ -108,26 +111,25 @@ class ImageMLP(Task):
 
     def normalize(self, loss: Array) -> Array:
         """Returns ``clip(loss, 0, normalizer_clip ln(classes))``, NaN becoming the upper bound."""
-        worst = self.normalizer_clip * math.log(self.classes)
-        return jnp.where(jnp.isnan(loss), worst, jnp.clip(loss, 0.0, worst)).astype(jnp.float32)
+        return clipped(loss, 0.0, self.normalizer_clip * math.log(self.classes))
 
 
-def pick_examples(key: Array, start: Array | int, count: Array | int, batch_size: int) -> Array:
-    """Draws indices with replacement, inside jit.
-
-    Args:
-      key: decides the batch.
-      start: first example that may be drawn.
-      count: how many examples may be drawn, from ``start`` on; at least 1.
-      batch_size: examples drawn.
-
-    Returns:
-      Indices ``[batch_size]``, int32.
-    """
-    bits = jax.random.bits(key, (batch_size,), jnp.uint32)
-    # The remainder favours small indices by at most count / 2^32, 2e-5 for the largest set here.
-    return jnp.asarray(start, jnp.int32) + (bits % jnp.asarray(count, jnp.uint32)).astype(jnp.int32)
+def initial_dense(key: Array, widths: tuple[int, ...], initialization: str) -> dict[str, dict[str, Array]]:
+    """Draws linear layers ``{"linear_0": {"b", "w"}, ...}`` of these widths."""
+    keys = jax.random.split(key, len(widths) - 1)
+    draw = INITIALIZATIONS[initialization]
+    return {
+        f"linear_{i}": {"b": jnp.zeros((pair[1],), jnp.float32), "w": draw(keys[i], pair, jnp.float32)}
+        for i, pair in enumerate(zip(widths[:-1], widths[1:], strict=True))
+    }
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def dense(layer: PyTree, x: Array) -> Array:
+    """Returns ``x @ w + b`` for ``x`` ``[n, fan_in]``."""
+    return x @ layer["w"] + layer["b"][None, :]
+
+
+def _layer_norm(layer: PyTree, x: Array) -> Array:
+    centred = x - jnp.mean(x, -1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6)
+    return scaled * layer["scale"][None, :] + layer["bias"][None, :]

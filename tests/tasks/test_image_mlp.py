@@ -170,6 +170,6 @@ def test_a_kind_is_one_function_and_one_line(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_missing_setting_is_named() -> None:
     config = fast_digits.get_config().to_dict()
-    del config["batch_size"]
-    with pytest.raises(UserError, match="tasks.batch_size is missing"):
+    del config["datasets"]
+    with pytest.raises(UserError, match="tasks.datasets is missing"):
         build_families(config)

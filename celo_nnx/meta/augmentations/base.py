@@ -27,6 +27,11 @@ class Augmentation(Task):
 
     task: Task
 
+    @property
+    def floor(self) -> float:
+        """The wrapped task's."""
+        return self.task.floor
+
     def own(self, key: Array, inner: PyTree) -> PyTree:
         """Draws what the augmentation varies between trajectories; nothing by default.
 
@@ -51,6 +56,12 @@ class Augmentation(Task):
     ) -> tuple[Array, PyTree, dict[str, Array]]:
         """Returns the wrapped task's (loss, next model state, auxiliary scalars)."""
         return self.task.loss(params, state, key, batch, sample["inner"])
+
+    def evaluate(
+        self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
+    ) -> Array:
+        """Returns the wrapped task's held-out loss: noise on what is learned from does not reach it."""
+        return self.task.evaluate(params, state, key, batch, sample["inner"])
 
     def unscale(self, loss: Array, sample: PyTree = ()) -> Array:
         """Returns the loss as the wrapped task reports it."""

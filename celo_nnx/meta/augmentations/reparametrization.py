@@ -30,6 +30,12 @@ class Scaled(Augmentation):
         """Returns the task's loss at the parameters times the scale."""
         return super().loss(_map(lambda p, s: p * s, params, sample["own"]), state, key, batch, sample)
 
+    def evaluate(
+        self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
+    ) -> Array:
+        """Returns the task's held-out loss at the parameters times the scale."""
+        return super().evaluate(_map(lambda p, s: p * s, params, sample["own"]), state, key, batch, sample)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reparametrized(Scaled):
