@@ -47,7 +47,7 @@ def test_a_quadratic_has_its_spectrum() -> None:
         task = Quadratic(eigenvalues=spectrum, columns=2, rotated=rotated)
         sample = task.sample(jax.random.key(3))
         x = {"x": jnp.ones((3, 2))}
-        hessian = jax.hessian(lambda p, task=task, s=sample: task.loss(p, {}, KEY, {}, s)[0])(x)["x"]["x"]
+        hessian = jax.hessian(lambda p, t, s: t.loss(p, {}, KEY, {}, s)[0])(x, task, sample)["x"]["x"]
         block = 2 * np.asarray(hessian)[:, 0, :, 0]  # columns are independent, each with the weight 1/2
         np.testing.assert_allclose(np.linalg.eigvalsh(block)[::-1], spectrum, atol=1e-5)
         np.testing.assert_allclose(np.asarray(hessian)[:, 0, :, 1], 0, atol=1e-6)
