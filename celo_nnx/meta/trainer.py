@@ -159,8 +159,11 @@ class MetaTrainer:
         """The average with one more theta; exactly theta where it is the first one."""
         count = average["count"] + 1
         weight = (1 - self.average) / -jnp.expm1(count * math.log(self.average))
-        weight = jnp.where(count == 1, 1.0, weight)
-        moved = jax.tree.map(lambda a, x: a + weight * (x - a), average["theta"], theta)
+
+        def move(a: Array, x: Array) -> Array:
+            return jnp.where(count == 1, x, a + weight * (x - a))
+
+        moved = jax.tree.map(move, average["theta"], theta)
         return {"theta": self._rested(average["theta"], moved), "count": count}
 
     def _rested(self, old: PyTree, new: PyTree) -> PyTree:
