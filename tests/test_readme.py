@@ -31,6 +31,11 @@ def test_python_blocks_run(block: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("override", sorted(set(re.findall(r"`((?:meta|tasks)\.[\w.]+=[^`]+)`", README))))
+def test_overrides_are_understood(override: str) -> None:
+    load("celo2:fast_digits", [override])
+
+
 @pytest.mark.parametrize("line", [s for s in SHELL if s.startswith("celo-nnx")])
 def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     _, command, *rest = shlex.split(line)

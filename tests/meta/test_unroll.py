@@ -92,3 +92,44 @@ def test_splitting_a_batch_of_pairs_changes_nothing(toy):
 
     whole = run(slice(None))
     np.testing.assert_allclose(whole[:, 2:5], run(slice(2, 5)), rtol=1e-6)
+
+
+def test_the_differentiable_loop_and_a_shorter_one_do_the_same_steps(toy):
+    schedule = LogUniform(minimum=2, maximum=5)
+    task, thetas, problems, source = start(toy, schedule, task=toy.Quadratic(noise=1.0, spread=1.0))
+    source = source._replace(arrays={"x": jnp.linspace(-1.0, 1.0, 11)})
+    held = source._replace(arrays={"x": jnp.linspace(3.0, 5.0, 11)})
+    keys = jax.random.split(jax.random.key(4), 5)
+
+    def run(**options):
+        most = options.pop("most", 8)
+
+        def one(problems):
+            return unroll(toy.Drift(), task, schedule, most, thetas, problems, source, keys, **options)
+
+        return toy.jit(one)(problems)
+
+    after, record = run(held=held)
+    assert np.sum(~np.asarray(record.mask), 0).min() >= 1
+    for options in ({"held": held, "differentiable": True}, {"held": held, "most": 12, "steps": 8}):
+        other, rows = run(**options)
+        rows = jax.tree.map(lambda x: x[:8], rows)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), (other, rows), (after, record))
+    # Without a held-out split the training is the same, to the bit.
+    alone, rows = run()
+    assert rows.held is None
+    jax.tree.map(np.testing.assert_array_equal, alone, after)
+    np.testing.assert_array_equal(rows.loss, record.loss)
+
+
+def test_the_rows_of_a_shorter_truncation_do_not_count(toy):
+    schedule = Constant(length=3)
+    task, thetas, problems, source = start(toy, schedule)
+    keys = jax.random.split(jax.random.key(4), 5)
+    run = toy.jit(lambda n: unroll(toy.Drift(), task, schedule, 9, thetas, problems, source, keys, steps=n))
+    for steps in (1, 4, 9):
+        after, record = run(steps)
+        phase = np.arange(9) % 4
+        np.testing.assert_array_equal(record.mask[:, 0], (phase != 3) & (np.arange(9) < steps))
+        np.testing.assert_array_equal(record.done[:, 0], (phase == 2) & (np.arange(9) < steps))
+        assert np.all(after.inner_step == steps % 4)
