@@ -211,6 +211,7 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
         families = synthetic_families(config.tasks)
         optimizer = build(config.optimizer, jax.random.key(0), config.theta_init)
         trainer = build_trainer(config, optimizer, families, devices=devices)
+    processes.meet(devices)
     cells: list[Any] = [_MetaCell(trainer, devices)]
     if peers:
         from celo_nnx.naive import naive_trainer

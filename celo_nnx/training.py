@@ -114,6 +114,7 @@ def train(
                 _agree(settings, _read_config(run_dir) or {}, f"the run in {run_dir}")
             pairs = pairs_of(settings["meta"]["estimator"])
             devices = choose_devices(settings["run"]["devices"], pairs, _recorded_devices(run_dir))
+        processes.meet(devices)
         processes.same("their configs", checkpoint.canonical(settings))
         found = checkpoint.steps(run_dir / "checkpoints")
         processes.same(f"the newest checkpoint of {run_dir}", str(found[-1:]))
