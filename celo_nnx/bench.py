@@ -213,6 +213,7 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
         start = first_theta(config.theta_init, config.optimizer)
         optimizer = build(config.optimizer, jax.random.key(0), start)
         trainer = build_trainer(config, optimizer, families, devices=devices)
+    processes.meet(devices)
     cells: list[Any] = [_MetaCell(trainer, devices)]
     if peers:
         from celo_nnx.naive import naive_trainer

@@ -66,19 +66,19 @@ def _describe(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from celo_nnx.training import stop_on_signals, train
 
-    with stop_on_signals() as stop, processes.session():
+    with stop_on_signals() as stop:
         from celo_nnx.config import load
 
-        with processes.together():
-            config = load(args.config, args.overrides)
-        result = train(config, args.run_dir, stop=stop)
-        row = {"run_dir": str(result.run_dir), "iteration": result.iteration, "finished": result.finished}
-        row |= {"stopped_by": result.stopped_by, "seconds": round(result.seconds, 3)}
-        if processes.is_first():
-            print(json.dumps(row))
-            if not result.finished:
-                print("stopped and saved; the same command goes on from here", file=sys.stderr)
-            print(f"its curves as a page: celo-nnx report {shlex.quote(args.run_dir)}", file=sys.stderr)
+        config = load(args.config, args.overrides)
+        with processes.session():
+            result = train(config, args.run_dir, stop=stop)
+    row = {"run_dir": str(result.run_dir), "iteration": result.iteration, "finished": result.finished}
+    row |= {"stopped_by": result.stopped_by, "seconds": round(result.seconds, 3)}
+    if processes.is_first():
+        print(json.dumps(row))
+        if not result.finished:
+            print("stopped and saved; the same command goes on from here", file=sys.stderr)
+        print(f"its curves as a page: celo-nnx report {shlex.quote(args.run_dir)}", file=sys.stderr)
     return 0
 
 
@@ -106,9 +106,8 @@ def _bench_meta(args: argparse.Namespace) -> int:
     from celo_nnx import bench
     from celo_nnx.config import load
 
+    config = load(args.config, args.overrides)
     with processes.session():
-        with processes.together():
-            config = load(args.config, args.overrides)
         for row in bench.meta(config, args.peer):
             if processes.is_first():
                 print(json.dumps(row), flush=True)

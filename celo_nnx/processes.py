@@ -3,7 +3,8 @@
 Every process runs the same program on its own devices. Under Slurm, the tasks of one ``srun`` step are the
 processes of one run; other launchers set the variables in :data:`VARIABLES`. Process 0 writes; the functions
 marked *collective* must be called by all processes in the same order, and do nothing in a run of one
-process. There must be none of them inside :func:`together`, which one process may leave early.
+process. There must be none inside a block of :func:`together`, which one process may leave early, and none
+before :func:`celo_nnx.devices.choose_devices`, since JAX's devices are fixed by their first use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import hashlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -109,8 +111,10 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 def join() -> None:
     """Connects this process to the others where there are several; collective, before JAX is used.
 
+    JAX ends a process that has waited for the others for 5 minutes.
+
     Raises:
-      UserError: contradicting variables, JAX is in use already, or the others did not come in 5 minutes.
+      UserError: contradicting variables, or JAX is in use already.
     """
     launch = launched(os.environ)
     if launch is None:
@@ -126,11 +130,19 @@ def join() -> None:
         place |= {"coordinator_address": launch.address, "cluster_detection_method": "deactivate"}
     elif "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
         place["local_device_ids"] = 0  # Slurm has given the task one GPU; JAX would look for its rank's
+    who = f"process {launch.index} of {launch.count}"
+    patience = threading.Timer(
+        20, print, [f"{who} waits for the others"], {"file": sys.stderr, "flush": True}
+    )
+    patience.daemon = True
+    patience.start()
     try:
         jax.distributed.initialize(**place)
     except (RuntimeError, ValueError) as error:
         text = str(error).strip().splitlines()[0]
-        raise UserError(f"process {launch.index} of {launch.count} cannot join the others: {text}") from error
+        raise UserError(f"{who} cannot join the others: {text}") from error
+    finally:
+        patience.cancel()
 
 
 def index() -> int:
@@ -241,6 +253,27 @@ def _line(error: Exception | None) -> str:
     return f"{kind}: {' '.join(str(error).split())}"
 
 
+def meet(number: int) -> None:
+    """Connects the devices that a run uses. Collective.
+
+    Gloo gives up on a first exchange that another process is 30 s late for, as after a long compilation;
+    once connected, they wait for each other however long it takes.
+
+    Args:
+      number: of devices over all processes, as for :func:`devices`.
+    """
+    if count() == 1:
+        return
+    import jax
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("meet")  # as Orbax does around a checkpoint
+    mesh = _line_up(number)
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("line"))
+    values = np.zeros(number, np.int32)
+    jax.block_until_ready(_everywhere(mesh)(put(values, spread)))
+
+
 def same(what: str, value: str) -> None:
     """Checks that a text is the same in every process. Collective.
 
@@ -336,20 +369,20 @@ def _everywhere(mesh: Any) -> Callable[[Any], Any]:
 
 
 @functools.cache
-def _line_up() -> Any:
-    """A mesh of one device of every process, whatever number each has."""
+def _line_up(number: int) -> Any:
+    """A mesh of devices, equally many of every process."""
     import jax
 
     auto = (jax.sharding.AxisType.Auto,)
-    return jax.sharding.Mesh(np.array(devices(count())), ("processes",), axis_types=auto)
+    return jax.sharding.Mesh(np.array(devices(number)), ("line",), axis_types=auto)
 
 
 def _gather(values: np.ndarray) -> np.ndarray:
-    """Returns the arrays of all processes, stacked."""
+    """Returns the arrays of all processes, stacked, by way of one device of each."""
     import jax
 
-    mesh = _line_up()
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("processes"))
+    mesh = _line_up(count())
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("line"))
     whole = jax.make_array_from_callback((count(), *values.shape), spread, lambda _: values[None])
     return np.asarray(_everywhere(mesh)(whole).addressable_data(0))
 

@@ -121,6 +121,7 @@ def train(
             pairs = math.gcd(*(pairs_of(phase.config["meta"]["estimator"]) for phase in phases))
             recorded = run_files.recorded_devices(run_dir)
             devices = choose_devices(settings["run"]["devices"], pairs, recorded)
+        processes.meet(devices)
         processes.same("their configs", checkpoint.canonical(settings))
         newest = max(checkpoint.steps(run_dir / "checkpoints"), default=None)
         processes.same(f"the newest checkpoint of {run_dir}", str(newest))

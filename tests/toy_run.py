@@ -80,7 +80,7 @@ def start_run(run_dir: Path, iterations: int, *changes: str, count: int = 1) -> 
 def ends(children: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
     """Waits for processes; returns the exit code, output and errors of each."""
     try:
-        told = [child.communicate(timeout=300) for child in children]
+        told = [child.communicate(timeout=900) for child in children]
     finally:
         for child in children:
             child.kill()
