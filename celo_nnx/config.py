@@ -309,6 +309,8 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
 def _swap(config: ConfigDict, path: str, kind: str) -> None:
     """Replaces the section of a part by another kind's defaults."""
     parent, last = _locate(config, path)
+    if isinstance(parent[last], (tuple, list)):
+        _locate(config, f"{path}.kind")  # says that a list has no keys
     if isinstance(parent[last], ConfigDict) and parent[last].get("kind") == kind:
         return
     fresh = {} if path.startswith("optimizer.") else _defaults(path, kind)

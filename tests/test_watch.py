@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -225,15 +226,22 @@ class Terminal:
     def __init__(self, *argv: str) -> None:
         self.fd, other = pty.openpty()
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 90, 0, 0))
-        command = [sys.executable, "-m", "celo_nnx", *argv]
+        # A terminal's own child heeds Ctrl-C; a background job, such as these tests may be, has it ignored.
+        code = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+            "from celo_nnx.cli import main; sys.exit(main(sys.argv[1:]))"
+        )
+        command = [sys.executable, "-c", code, *argv]
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "90", "LINES": "30"}
         self.child = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
         os.close(other)
         self.text = ""
 
     def until(self, words: str) -> None:
-        """Reads until the words have been shown; empty: to the end."""
+        """Reads until the words have been shown; empty: to the end. A minute at most."""
+        begin = time.monotonic()
         while not words or words not in self.text:
+            assert time.monotonic() < begin + 60, self.text[-2000:]
             assert select.select([self.fd], [], [], 60)[0], self.text
             try:
                 data = os.read(self.fd, 65536)

@@ -159,7 +159,7 @@ def test_a_config_with_a_chain(toy, tmp_path):
     config = load(str(path), ["meta.estimator.pairs=2", "meta.estimator.truncation=3"])
     families = [Family(name, IMAGE, image_data(), {}) for name in ("a", "b")]
     estimator = build_estimator(config.meta, toy.Drift(), families)
-    (group,) = estimator.groups
+    (group,) = estimator.population.groups
     assert group.task == build_augmentation(CHAIN)(IMAGE)
     theta = toy.Drift().theta
     state = jax.jit(estimator.init)(theta, jax.random.key(0))
