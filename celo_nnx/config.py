@@ -216,10 +216,15 @@ def _defaults(path: str, kind: str) -> dict[str, Any]:
 
 # What a mixture mixes until its sections say otherwise.
 MIXED = {"first": "pes", "second": "truncated_es"}
+# Sections of meta that have kinds.
+_META_PARTS = ("estimator", "first", "second", "truncation", "unroll", "augmentation")
 
 
 def _is_part(key: str) -> bool:
-    return key.endswith(".kind") and key.startswith(("optimizer.", "meta."))
+    """Whether a key swaps a part; below meta.optimizer any number may become a schedule's section."""
+    path, _, last = key.rpartition(".")
+    free = key.startswith(("optimizer.", "meta.optimizer."))
+    return last == "kind" and (free or path.startswith("meta.") and path.rpartition(".")[2] in _META_PARTS)
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

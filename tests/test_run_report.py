@@ -16,7 +16,7 @@ import made_run
 import numpy as np
 import pytest
 
-from celo_nnx import run_report, training
+from celo_nnx import run_files, run_report
 from celo_nnx.cli import main
 from celo_nnx.config import load
 from celo_nnx.description import describe
@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 
 def config(*overrides: str) -> dict[str, Any]:
-    return training.resolve(load("celo2:fast_digits", overrides))
+    return run_files.resolve(load("celo2:fast_digits", overrides))
 
 
 def self_contained(text: str) -> None:
@@ -290,7 +290,7 @@ def test_differences_from_the_nearest_config() -> None:
     there = [default.optimizer.schedule.value, default.run.keep, default.tasks.batch_size]
     keys = ["optimizer.schedule.value", "run.keep", "tasks.batch_size"]
     assert sorted(rows) == [(k, a, str(b)) for k, a, b in zip(keys, ("0.25", "7", "5"), there, strict=True)]
-    assert run_report.compared(training.resolve(load("velo_s:fast_velo"))) == ("velo_s:fast_velo", [])
+    assert run_report.compared(run_files.resolve(load("velo_s:fast_velo"))) == ("velo_s:fast_velo", [])
 
 
 def test_many_families_and_rows_stay_small(tmp_path: Path) -> None:
