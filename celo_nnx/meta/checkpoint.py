@@ -235,7 +235,7 @@ def _alone() -> Any:
     """Has Orbax read in this process without waiting for the others, which may have failed already."""
     from orbax.checkpoint import v1 as ocp
 
-    me, context = processes.index(), ocp.Context()
+    me, context = jax.process_index(), ocp.Context()
     context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
     return context
 

@@ -94,8 +94,10 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(two: Path, tmp_path
 def test_first_meta_iteration_is_that_of_one_device(two: Path, tmp_path: Path) -> None:
     finish(tmp_path / "one", "run.devices=1")
     one, several = log(tmp_path / "one")[0], log(two)[0]
-    for name in ("loss", "gradient_norm"):
-        np.testing.assert_allclose(several[name], one[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(several["loss"], one["loss"], rtol=1e-6)
+    # The gradient comes from differences of losses a hundredth of their size, so it shows their rounding,
+    # which depends on how many pairs a device has.
+    np.testing.assert_allclose(several["gradient_norm"], one["gradient_norm"], rtol=1e-4)
     finish(tmp_path / "devices", "run.devices=2")
     assert_same(tmp_path / "devices", two)
 
