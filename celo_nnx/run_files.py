@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
-from celo_nnx import processes
+from celo_nnx import lock, processes
 from celo_nnx.errors import UserError, require
-from celo_nnx.meta import checkpoint, lock
+from celo_nnx.meta import checkpoint
 from celo_nnx.phases import Phase
 from celo_nnx.run_folder import read_json
 

@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from celo_nnx import lock
 from celo_nnx.errors import UserError, printable
-from celo_nnx.meta import lock
 from celo_nnx.meta.runlog import SCALARS, parse
 
 LARGEST = 64 * 2**20  # bytes of config.json and of run_info.json

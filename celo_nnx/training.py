@@ -33,11 +33,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from celo_nnx import processes, run_files
+from celo_nnx import lock, processes, run_files
 from celo_nnx.devices import choose_devices
 from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Family, PyTree
-from celo_nnx.meta import checkpoint, lock, pairs_of
+from celo_nnx.meta import checkpoint, pairs_of
 from celo_nnx.meta.runlog import RunLog, Silent, rows
 from celo_nnx.phases import Phase, phase_at, plan
 from celo_nnx.theta_io import FILE_NAME, save_theta

@@ -10,8 +10,8 @@ import fake_run
 import numpy as np
 import pytest
 
+from celo_nnx import lock
 from celo_nnx.cli import main
-from celo_nnx.meta import lock
 from celo_nnx.theta_io import load_theta
 
 SMALL = ("meta.estimator.pairs=2", "meta.estimator.truncation=2", "run.iterations_per_dispatch=2")

@@ -37,9 +37,10 @@ ALLOWED = {
     "devices": {"errors", "processes"},
     "meta": LEAVES | {"processes"},
     "tasks": LEAVES,
-    "evaluation": LEAVES | {"tasks", "optimizer"},
+    "evaluation": LEAVES | {"build", "config", "lock", "optimizer", "tasks", "theta_io"},
     "series": set(),
-    "run_folder": LEAVES | {"meta"},
+    "lock": {"errors"},
+    "run_folder": LEAVES | {"lock", "meta"},
     "watch": LEAVES | {"meta", "run_folder", "series"},
     "run_report": LEAVES
     | {
@@ -55,7 +56,7 @@ ALLOWED = {
         "series",
     },
     "phases": LEAVES | {"config"},
-    "run_files": LEAVES | {"meta", "phases", "processes", "run_folder"},
+    "run_files": LEAVES | {"lock", "meta", "phases", "processes", "run_folder"},
     "theta_io": LEAVES | {"meta"},
     "build": LEAVES | {"components", "optimizer", "precision", "tensors", "theta_io"},
     "description": LEAVES | {"build", "optimizer", "tensors"},

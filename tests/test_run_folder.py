@@ -13,9 +13,8 @@ import made_run
 import numpy as np
 import pytest
 
-from celo_nnx import run_folder, series
+from celo_nnx import lock, run_folder, series
 from celo_nnx.errors import UserError
-from celo_nnx.meta import lock
 from celo_nnx.run_folder import Metrics, RunFolder
 
 BEGIN = made_run.BEGIN

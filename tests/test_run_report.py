@@ -16,13 +16,12 @@ import made_run
 import numpy as np
 import pytest
 
-from celo_nnx import run_files, run_report
+from celo_nnx import lock, run_files, run_report
 from celo_nnx.cli import main
 from celo_nnx.config import load
 from celo_nnx.description import describe
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation import plots
-from celo_nnx.meta import lock
 from celo_nnx.run_folder import RunFolder
 from celo_nnx.theta_io import load_theta
 

@@ -21,9 +21,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from celo_nnx import watch
+from celo_nnx import lock, watch
 from celo_nnx.cli import main
-from celo_nnx.meta import lock
 from celo_nnx.run_folder import RunFolder
 
 BEGIN = made_run.BEGIN
