@@ -142,7 +142,7 @@ def read_families(tasks: Mapping[str, Any], data_dir: str) -> tuple[list[Family]
     from celo_nnx.tasks import build_families
 
     families = build_families(tasks, data_dir)
-    return families, {family.name: data_digest(family) for family in families}
+    return families, {family.name: checkpoint.data_digest(family) for family in families}
 
 
 def assemble(
@@ -170,13 +170,6 @@ def assemble(
     trainer = build_trainer(config, optimizer, families, devices=devices)
     theta = jax.eval_shape(lambda: optimizer.theta)
     return Work(trainer, theta, tuple(f.name for f in families), data)
-
-
-def data_digest(family: Family) -> str:
-    """Returns the SHA-256 over a family's arrays."""
-    splits = {"train": family.train, "test": family.test, "validation": family.validation}
-    arrays = {f"{split}/{k}": np.asarray(v) for split, data in splits.items() for k, v in data.items()}
-    return checkpoint.digest(arrays, {})
 
 
 def _keys(seed: int) -> tuple[jax.Array, jax.Array]:

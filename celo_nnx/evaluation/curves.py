@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +75,34 @@ class HeldOut:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What runs cost.
+
+    Attributes:
+      compile_seconds: of compilation; 0 where an equal program was there.
+      run_seconds: of training, held-out losses included.
+      step_seconds: of one device for a step of one run, while runs train together.
+      temp_bytes: temporaries of the compiled program, by XLA's analysis, shared out over the runs of a device
+        that train at once.
+    """
+
+    compile_seconds: float = 0.0
+    run_seconds: float = 0.0
+    step_seconds: float = 0.0
+    temp_bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both grids' cost: of a step and a run, the part that ran longer tells."""
+        main = max(self, other, key=lambda cost: cost.run_seconds)
+        return Cost(
+            self.compile_seconds + other.compile_seconds,
+            self.run_seconds + other.run_seconds,
+            main.step_seconds,
+            main.temp_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Curves:
     """What a grid of runs measured.
 
@@ -81,10 +110,12 @@ class Curves:
       losses: training loss of every step, ``[n_lr, n_seeds, steps]`` float32, ``inf`` from divergence on.
       held_out: by set, ``[n_lr, n_seeds, evaluations]`` float32, the last one at the end, ``inf`` from
         divergence on.
+      cost: what the runs cost.
     """
 
     losses: np.ndarray
     held_out: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    cost: Cost = Cost()
 
 
 def train_curves(
@@ -172,12 +203,18 @@ def train_runs(
     batch_seeds = np.tile(np.asarray(seeds, np.uint32), rates.size)[index]
     arrays, sets = jax.tree.map(jnp.asarray, (dict(data), dict(held_out.sets)))
     program = _Program(make_tx, task, steps, every, held_out.batches, devices, together, eval_params)
-    losses, other = _train(program, batch_rates, batch_seeds, arrays, sets, context)
+    arguments = jax.tree.map(jnp.asarray, (batch_rates, batch_seeds, arrays, sets, context))
+    shapes, tree = jax.tree.flatten(jax.eval_shape(lambda *x: x, *arguments))
+    begin = time.monotonic()
+    compiled = _compiled(program, tuple(shapes), tree)
+    ready = time.monotonic()
+    losses, other = jax.device_get(compiled(*arguments))
+    took = time.monotonic() - ready
+    temp_bytes = compiled.memory_analysis().temp_size_in_bytes / together
+    cost = Cost(ready - begin, took, took * devices / (padded * steps), temp_bytes)
     grid = (rates.size, len(seeds), -1)
-    return Curves(
-        np.asarray(losses)[:runs].reshape(grid),
-        {name: np.asarray(value)[:runs].reshape(grid) for name, value in other.items()},
-    )
+    held = {name: value[:runs].reshape(grid) for name, value in other.items()}
+    return Curves(losses[:runs].reshape(grid), held, cost)
 
 
 def _together(task: Task, here: int) -> int:
@@ -205,7 +242,12 @@ class _Program:
     eval_params: Callable[[PyTree, PyTree], PyTree]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.lru_cache(maxsize=16)
+def _compiled(program: _Program, shapes: tuple[jax.ShapeDtypeStruct, ...], tree: Any) -> Any:
+    """The compiled program for arguments of these shapes; kept, since thetas and grids share them."""
+    return jax.jit(functools.partial(_train, program)).lower(*jax.tree.unflatten(tree, shapes)).compile()
+
+
 def _train(
     program: _Program, rates: Array, seeds: Array, data: PyTree, sets: PyTree, context: tuple[PyTree, ...]
 ) -> tuple[Array, dict[str, Array]]:

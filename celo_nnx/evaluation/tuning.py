@@ -108,4 +108,4 @@ def search(
 def _joined(lower: Curves, upper: Curves) -> Curves:
     """Both grids' runs, one after the other."""
     held_out = {name: np.concatenate([value, upper.held_out[name]]) for name, value in lower.held_out.items()}
-    return Curves(np.concatenate([lower.losses, upper.losses]), held_out)
+    return Curves(np.concatenate([lower.losses, upper.losses]), held_out, lower.cost + upper.cost)

@@ -24,6 +24,7 @@ import numpy as np
 
 from celo_nnx import processes
 from celo_nnx.errors import UserError
+from celo_nnx.interfaces import Family
 
 FORMAT = "celo_nnx.run/1"
 Record = dict[str, Any]
@@ -67,6 +68,13 @@ def digest(arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> str:
         total.update(hashlib.sha256(head.encode()).digest())
         total.update(hashlib.sha256(array.tobytes()).digest())
     return total.hexdigest()
+
+
+def data_digest(family: Family) -> str:
+    """Returns the SHA-256 over a family's arrays."""
+    splits = {"train": family.train, "test": family.test, "validation": family.validation}
+    arrays = {f"{split}/{k}": np.asarray(v) for split, data in splits.items() for k, v in data.items()}
+    return digest(arrays, {})
 
 
 def canonical(value: Any) -> str:

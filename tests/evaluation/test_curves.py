@@ -104,10 +104,10 @@ def test_context_reuses_the_compilation():
         return optax.chain(optax.scale(scale), optax.sgd(rate))
 
     arguments = dict(learning_rates=[0.1], seeds=[0], steps=3)
-    before = curves._train._cache_size()
+    before = curves._compiled.cache_info().misses
     whole = curves.train_curves(make, Quadratic(), {}, context=(jnp.float32(1.0),), **arguments)
     half = curves.train_curves(make, Quadratic(), {}, context=(jnp.float32(0.5),), **arguments)
-    assert curves._train._cache_size() == before + 1
+    assert curves._compiled.cache_info().misses == before + 1
     np.testing.assert_allclose(whole[0, 0], 2.0 * 0.8 ** (2 * np.arange(3)), rtol=1e-5)
     np.testing.assert_allclose(half[0, 0], 2.0 * 0.9 ** (2 * np.arange(3)), rtol=1e-5)
 
@@ -209,10 +209,10 @@ def test_runs_in_turns_are_the_same_runs(monkeypatch):
 
 def test_equal_rules_share_a_compilation():
     arguments = dict(learning_rates=[0.1], seeds=[0], steps=3)
-    before = curves._train._cache_size()
+    before = curves._compiled.cache_info().misses
     for _ in range(2):
         curves.train_curves(Rule("sgdm", "cosine", 3), Quadratic(), {}, **arguments)
-    assert curves._train._cache_size() == before + 1
+    assert curves._compiled.cache_info().misses == before + 1
 
 
 @pytest.mark.parametrize(
