@@ -37,7 +37,7 @@ ALLOWED = {
     "devices": {"errors", "processes"},
     "meta": LEAVES | {"processes"},
     "tasks": LEAVES,
-    "evaluation": LEAVES | {"build", "config", "lock", "optimizer", "tasks", "theta_io"},
+    "evaluation": LEAVES | {"build", "config", "experiments", "lock", "optimizer", "tasks", "theta_io"},
     "series": set(),
     "lock": {"errors"},
     "run_folder": LEAVES | {"lock", "meta"},
