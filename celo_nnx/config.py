@@ -110,10 +110,20 @@ def _preset(name: str, argument: str) -> ConfigDict:
     if name not in known:
         raise unknown("config", name, known)
     module = importlib.import_module(f"celo_nnx.experiments.{name}")
-    return _get_config(module, argument, name)
+    return run_get_config(module, argument, name)
 
 
-def _get_config(module: Any, argument: str, source: str) -> ConfigDict:
+def run_get_config(module: Any, argument: str, source: str) -> ConfigDict:
+    """Returns what ``get_config`` of a module gives.
+
+    Args:
+      module: holds the function.
+      argument: its argument; empty for none.
+      source: what messages call the module.
+
+    Raises:
+      UserError: there is no such function, or it fails or returns something else than a ConfigDict.
+    """
     if not hasattr(module, "get_config"):
         raise UserError(f"config {source} has no function get_config")
     takes = bool(inspect.signature(module.get_config).parameters)
@@ -135,6 +145,15 @@ def _from_source(source: str) -> ConfigDict:
     name, _, argument = source.partition(":")
     if not name.endswith(".py"):
         return _preset(name, argument)
+    return run_file(name, argument)
+
+
+def run_file(name: str, argument: str = "") -> ConfigDict:
+    """Runs a config file of the user's, a program, and returns what its ``get_config`` gives.
+
+    Raises:
+      UserError: there is no such file, or it fails; see :func:`run_get_config`.
+    """
     path = Path(name)
     if not path.is_file():
         raise UserError(f"no config file {name}")
@@ -147,7 +166,7 @@ def _from_source(source: str) -> ConfigDict:
         raise
     except Exception as error:
         raise UserError(f"config file {name} failed: {type(error).__name__}: {error}") from None
-    return _get_config(module, argument, name)
+    return run_get_config(module, argument, name)
 
 
 def _value(text: str, old: Any, key: str) -> Any:
@@ -172,8 +191,12 @@ def _value(text: str, old: Any, key: str) -> Any:
     raise UserError(f"{key} = {text!r}: expected {type(old).__name__}, as in {key}={old!r}")
 
 
-def _locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """Returns the section that holds a dotted key, and the key's last part."""
+def locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """Returns the section that holds a dotted key, and the key's last part.
+
+    Raises:
+      UserError: there is no such key; the nearest one is named.
+    """
     section, parts = config, key.split(".")
     for i, part in enumerate(parts):
         where = ".".join(parts[:i])
@@ -282,25 +305,43 @@ def load(source: str | ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
     if "optimizer" not in config:
         raise UserError(f"{source} is a task preset; name a variant and its tasks: celo2:{source}")
     config = resolve(config)
-    pairs = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"override {override!r} is not of the form key=value")
-        pairs.append((key.strip(), text))
+    pairs = split_overrides(overrides)
     swaps = [(key, text) for key, text in pairs if _is_part(key)]
     for key, text in sorted(swaps, key=lambda pair: pair[0].count(".")):  # what holds a part before the part
         _swap(config, key.removesuffix(".kind"), text)
     config = resolve(config)
     for key, text in pairs:
         if not _is_part(key):
-            _set(config, key, text)
+            set_value(config, key, text)
     return resolve(config)
 
 
-def _set(config: ConfigDict, key: str, text: str) -> None:
-    """Replaces a value by one of its type."""
-    section, last = _locate(config, key)
+def split_overrides(overrides: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns the pairs ``(dotted key, text of the value)`` of ``key=value``.
+
+    Raises:
+      UserError: an override of another form.
+
+    Example:
+      >>> split_overrides(["meta.estimator.pairs=2"])
+      [('meta.estimator.pairs', '2')]
+    """
+    pairs = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"override {override!r} is not of the form key=value")
+        pairs.append((key.strip(), text))
+    return pairs
+
+
+def set_value(config: ConfigDict, key: str, text: str) -> None:
+    """Replaces the value of a dotted key by one of its type.
+
+    Raises:
+      UserError: there is no such key (the nearest one is named), or the text is of another type.
+    """
+    section, last = locate(config, key)
     if isinstance(section[last], ConfigDict):
         raise UserError(f"{key} is a section; set one of its keys: {', '.join(section[last].keys())}")
     section[last] = _value(text, section[last], key)
@@ -308,9 +349,9 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
 
 def _swap(config: ConfigDict, path: str, kind: str) -> None:
     """Replaces the section of a part by another kind's defaults."""
-    parent, last = _locate(config, path)
+    parent, last = locate(config, path)
     if isinstance(parent[last], (tuple, list)):
-        _locate(config, f"{path}.kind")  # says that a list has no keys
+        locate(config, f"{path}.kind")  # says that a list has no keys
     if isinstance(parent[last], ConfigDict) and parent[last].get("kind") == kind:
         return
     fresh = {} if path.startswith("optimizer.") else _defaults(path, kind)

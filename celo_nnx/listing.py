@@ -1,4 +1,4 @@
-"""What ``celo-nnx list`` shows: parts, variants, task presets, data sets."""
+"""What ``celo-nnx list`` shows: parts, variants, task presets, suites, data sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from celo_nnx.errors import unknown
 
-KINDS = ("parts", "variants", "tasks", "data")
+KINDS = ("parts", "variants", "tasks", "suites", "data")
 
 
 def lines(what: str) -> str:
@@ -33,6 +33,10 @@ def lines(what: str) -> str:
         from celo_nnx.tasks import listing
 
         return _table("data sets", listing())
+    if what == "suites":
+        from celo_nnx.evaluation.suites import suites
+
+        return _table(what, suites())
     if what in ("variants", "tasks"):
         from celo_nnx.config import presets
 

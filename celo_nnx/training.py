@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from celo_nnx import lock, processes, run_files
 from celo_nnx.devices import choose_devices

@@ -37,7 +37,8 @@ ALLOWED = {
     "devices": {"errors", "processes"},
     "meta": LEAVES | {"processes"},
     "tasks": LEAVES,
-    "evaluation": LEAVES | {"build", "devices", "meta", "config", "lock", "optimizer", "tasks", "theta_io"},
+    "evaluation": LEAVES
+    | {"build", "config", "devices", "experiments", "lock", "meta", "optimizer", "tasks", "theta_io"},
     "series": set(),
     "lock": {"errors"},
     "run_folder": LEAVES | {"lock", "meta"},
