@@ -17,9 +17,9 @@ import jax
 
 from celo_nnx import lock, processes
 from celo_nnx.errors import UserError, require
+from celo_nnx.files import read_json, write_json
 from celo_nnx.meta import checkpoint
 from celo_nnx.phases import Phase
-from celo_nnx.run_folder import read_json
 
 PACKAGES = ("celo-nnx", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 SECTIONS = ("seed", "optimizer", "theta_init", "tasks", "meta", "run")
@@ -209,14 +209,3 @@ def theta_header(settings: dict[str, Any], iteration: int, phase: Phase) -> dict
     if average := phase.config["meta"].get("average", 0.0):
         header["average"] = str(average)
     return header | {"config": checkpoint.canonical(settings)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is the old one or the new one, whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import time
@@ -16,9 +15,9 @@ import numpy as np
 
 from celo_nnx import lock
 from celo_nnx.errors import UserError, printable
+from celo_nnx.files import read_json
 from celo_nnx.meta.runlog import SCALARS, parse
 
-LARGEST = 64 * 2**20  # bytes of config.json and of run_info.json
 LONGEST = 2**20  # bytes of a line of metrics.jsonl
 FAMILIES = 256  # the most task families that are told apart
 RECENT = 60.0  # seconds; where a file system has no locks, a run that wrote since then is taken to be alive
@@ -305,19 +304,3 @@ def number(value: Any) -> float:
         return float(value) if math.isfinite(value) else math.nan
     except OverflowError:
         return math.nan
-
-
-def read_json(path: Path) -> Any:
-    """Returns the file's JSON value, None where there is no file.
-
-    Raises:
-      UserError: unreadable, too large, or not JSON.
-    """
-    try:
-        if (size := path.stat().st_size) > LARGEST:
-            raise UserError(f"{path} has {size} bytes, at most {LARGEST} are read")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error})".replace("\n", " ")) from error

@@ -13,7 +13,7 @@ import made_run
 import numpy as np
 import pytest
 
-from celo_nnx import lock, run_folder, series
+from celo_nnx import files, lock, run_folder, series
 from celo_nnx.errors import UserError
 from celo_nnx.run_folder import Metrics, RunFolder
 
@@ -135,7 +135,7 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     os.mkfifo(log)
     with pytest.raises(UserError, match="metrics.jsonl is not a file"):
         RunFolder(folder)
-    monkeypatch.setattr(run_folder, "LARGEST", 10)
+    monkeypatch.setattr(files, "LARGEST", 10)
     with pytest.raises(UserError, match=r"config.json has \d+ bytes, at most 10 are read"):
         RunFolder(folder)
 
