@@ -96,6 +96,24 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from celo_nnx.evaluation.evaluate import evaluate
+    from celo_nnx.evaluation.suites import load_suite
+
+    suite = load_suite(args.suite, args.overrides)
+    if args.seeds is not None:
+        suite = dataclasses.replace(suite, seeds=args.seeds)
+    options = dict(weights=args.weights, data_dir=args.data_dir, skip_missing=args.skip_missing)
+    optimizers = [name for text in args.optimizers for name in text.split(",") if name]
+    named = {"optimizers": optimizers} if optimizers else {}
+    outcome = evaluate(suite, folder=args.run_dir, **named, **options)
+    row = dataclasses.asdict(outcome) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 1)}
+    print(json.dumps(row))
+    return 0
+
+
 def _replay(args: argparse.Namespace) -> int:
     from celo_nnx.replay import main as replay
 
@@ -245,6 +263,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--out", metavar="FILE", help="a new file (default RUN_DIR/report.html, which is renewed)"
     )
+
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "tune and train optimizers on a suite of tasks, cell by cell; the same command resumes, and one with "
+        "more optimizers adds them",
+        "evaluate smoke",
+        "evaluate celo17_local --optimizers adam,muon,celo2,runs/a --run-dir runs/local",
+        "evaluate celo17 steps=500 tasks.*.batch_size=64 --seeds 5 --skip-missing --optimizers lion",
+        "evaluate smoke schedule=cosine --optimizers celo2 --weights celo2=hand_made celo2=theta.safetensors",
+    )
+    text = "a suite (celo-nnx list suites), or a path to a config file"
+    sub.add_argument("suite", metavar="SUITE", help=text)
+    text = "changes to it; tasks.*.KEY changes every task that has KEY"
+    sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
+    text = (
+        "baselines (muon), variants with their hand-made theta (celo2), theta files and run folders "
+        "([LABEL=]PATH), separated by commas (default adam,muon,celo2; adam always)"
+    )
+    sub.add_argument("--optimizers", nargs="+", action="extend", default=[], metavar="NAMES", help=text)
+    text = "theta of a variant, in the place of the hand-made one; several are compared"
+    sub.add_argument("--weights", nargs="+", action="extend", default=[], metavar="[VARIANT=]PATH", help=text)
+    sub.add_argument(
+        "--seeds", type=int, metavar="N", help="runs of every learning rate (default: the suite's)"
+    )
+    text = "the folder of results (default runs/evaluate-SUITE)"
+    sub.add_argument("--run-dir", metavar="DIR", help=text)
+    text = "a folder of data files, looked up before CELO_NNX_DATA"
+    sub.add_argument("--data-dir", default="", metavar="DIR", help=text)
+    text = "leave out tasks whose data are absent, and say so in the report"
+    sub.add_argument("--skip-missing", action="store_true", help=text)
 
     sub = command(
         "replay",

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake of the caller, told in one line; the command line prints it and exits with code 2."""
 
 
+class MissingData(UserError):
+    """Data that a name stands for are nowhere to be found; everything else may be right."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """An error for a misspelt name: says which names exist and which is nearest.
 

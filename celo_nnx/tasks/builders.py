@@ -191,7 +191,7 @@ def within(place: str, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except UserError as error:
-        raise UserError(f"tasks.{place}: {error}") from None
+        raise type(error)(f"tasks.{place}: {error}") from None
 
 
 def check_names_and_share(names: Any, share: Any) -> None:

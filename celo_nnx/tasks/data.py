@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import MissingData, UserError, require, unknown
 from celo_nnx.tasks import hub, npz
 from celo_nnx.tasks.images import prepare
 
@@ -100,11 +100,11 @@ def load(name: str, *, size: int, grey: bool, data_dir: str = "") -> Data:
         read = lambda: npz.check_labels(source, hub.read(name, elsewhere))  # noqa: E731
         return _prepared(name, source, {"hub": list(hub.SOURCES[name])}, read, 255.0, size, grey)
     if name in DATASETS:
-        raise UserError(
+        raise MissingData(
             f"data set {name!r} not found: {elsewhere}; put {name}.npz (arrays {npz.LAYOUT}) in a folder "
             "and set run.data_dir or CELO_NNX_DATA to it"
         )
-    raise UserError(f"{unknown('data set', name, listing(data_dir))}; {elsewhere}")
+    raise MissingData(f"{unknown('data set', name, listing(data_dir))}; {elsewhere}")
 
 
 def check_place(name: object, file: str, data_dir: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from celo_nnx.errors import UserError
+from celo_nnx.errors import MissingData
 
 
 class Source(NamedTuple):
@@ -42,13 +42,13 @@ def read(name: str, elsewhere: str) -> dict[str, np.ndarray]:
       ``train_x``, ``test_x`` uint8 ``[n, h, w]`` or ``[n, h, w, 3]``; ``train_y``, ``test_y`` ``[n]``.
 
     Raises:
-      UserError: the extra is not installed, or the hub cannot be reached or read.
+      MissingData: the extra is not installed, or the hub cannot be reached or read.
     """
     source = SOURCES[name]
     try:
         import datasets
     except ImportError:
-        raise UserError(
+        raise MissingData(
             f"data set {name!r} not found: {elsewhere}; the Hugging Face hub ({source.repository}) needs "
             f"'pip install celo-nnx[hub]'; {_BY_HAND.format(name=name)}"
         ) from None
@@ -64,7 +64,7 @@ def read(name: str, elsewhere: str) -> dict[str, np.ndarray]:
     # OSError covers the hub's own errors and failed connections; ValueError, an unusable cache.
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
+        raise MissingData(
             f"data set {name!r} could not be read from the Hugging Face hub ({source.repository}): {reason}; "
             "without a network set HF_HUB_OFFLINE=1, and HF_HOME to a folder that holds it; "
             f"{_BY_HAND.format(name=name)}; {elsewhere}"

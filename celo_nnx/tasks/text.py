@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import MissingData, UserError, require, unknown
 from celo_nnx.tasks.data import check_place, folders, looked_for
 
 TEXTS: dict[str, str] = {
@@ -106,11 +106,11 @@ def _raw(name: str, data_dir: str) -> tuple[bytes, str]:
         return sums().encode(), "made by a rule"
     elsewhere = looked_for(f"{name}.txt and {name}.txt.gz", data_dir)
     if name in TEXTS:
-        raise UserError(
+        raise MissingData(
             f"text {name!r} not found: {elsewhere}; put one in a folder and set run.data_dir or "
             "CELO_NNX_DATA to it"
         )
-    raise UserError(f"{unknown('text', name, texts(data_dir))}; {elsewhere}")
+    raise MissingData(f"{unknown('text', name, texts(data_dir))}; {elsewhere}")
 
 
 def _read(path: Path) -> bytes:

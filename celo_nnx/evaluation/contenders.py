@@ -1,0 +1,235 @@
+"""What is compared: hand-made optimizers by name, learned ones by variant, theta file or run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from celo_nnx.build import build
+from celo_nnx.build import resolve as resolve_parts
+from celo_nnx.config import load, presets
+from celo_nnx.errors import UserError, unknown
+from celo_nnx.evaluation.baselines import BASELINES, SCHEDULES, Rule, lookup, trained
+from celo_nnx.evaluation.tuning import LIMIT
+from celo_nnx.interfaces import Array, PyTree
+from celo_nnx.meta.checkpoint import canonical, digest, flatten
+from celo_nnx.optimizer import LearnedOptimizer
+from celo_nnx.theta_io import load_theta, read_metadata
+
+ADAM = "adam"  # what scores are relative to
+HAND_MADE = "hand_made"
+# Learning rates that tuning of a learned rule starts from, as of a baseline; the rate is the RMS of a step.
+LEARNED_GRID = (-7, -2)
+# A learned schedule decides the rate itself: there is nothing to tune.
+OWN_GRID = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """An optimizer of a comparison.
+
+    Attributes:
+      label: its name in tables.
+      about: in a few words.
+      rule: ``(schedule, num_steps) -> make_tx``, as :func:`celo_nnx.evaluation.curves.train_runs` takes it.
+      context: arrays that ``make_tx`` needs: theta of a learned optimizer.
+      grid: learning rates that tuning starts from.
+      limit: by how many half-decades either end may move.
+      eval_params: see :class:`celo_nnx.evaluation.baselines.Baseline`.
+      config: what decides the optimizer, as JSON values.
+    """
+
+    label: str
+    about: str
+    rule: Callable[[str, int], Callable[..., optax.GradientTransformation]]
+    context: tuple[PyTree, ...]
+    grid: tuple[int, int]
+    limit: int
+    eval_params: Callable[[Any, PyTree], PyTree]
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedRule:
+    """A learned optimizer under a schedule, as a function of the learning rate and theta.
+
+    Equal rules are equal objects, so that two thetas of one variant share their compiled programs. Where the
+    schedule is learned, ``schedule`` is not used and the learning rate multiplies the optimizer's own.
+
+    Attributes:
+      parts: the section ``optimizer`` of a config, as canonical JSON.
+      schedule: a key of :data:`celo_nnx.evaluation.baselines.SCHEDULES`.
+      num_steps: updates of the whole run.
+    """
+
+    parts: str
+    schedule: str
+    num_steps: int
+
+    def __call__(self, learning_rate: Array, theta: PyTree) -> optax.GradientTransformationExtraArgs:
+        """Returns the optax rule; both arguments may be traced."""
+        optimizer = _built(self.parts).with_theta(theta)
+        if has_own_schedule(json.loads(self.parts)):
+            base = optimizer.schedule.base
+
+            def rate(count: Array) -> Array:
+                return learning_rate * base(count, self.num_steps)
+        else:
+            rate = SCHEDULES[self.schedule](learning_rate, self.num_steps)
+        return optimizer.as_optax(num_steps=self.num_steps, learning_rate=rate)
+
+
+@functools.lru_cache(maxsize=16)
+def _built(parts: str) -> LearnedOptimizer:
+    # The rule is first called while a program is traced: what is built must be real there.
+    with jax.ensure_compile_time_eval():
+        return build(json.loads(parts), jax.random.key(0), {"kind": HAND_MADE})
+
+
+def has_own_schedule(parts: Mapping[str, Any]) -> bool:
+    """Whether a learned schedule decides the learning rate, which is then not tuned."""
+    return bool(parts["rows"])
+
+
+def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Contender]:
+    """Finds optimizers by what a user calls them.
+
+    Args:
+      names: each a baseline (``muon``), a variant with its hand-made theta (``celo2``), or
+        ``[LABEL=]PATH`` of a theta file or a run folder, whose header says which optimizer it is for.
+      weights: each ``[VARIANT=]PATH``, or ``VARIANT=hand_made``: the theta of a variant among ``names``;
+        given several times for one variant, each is compared. Without ``VARIANT=`` there must be one variant.
+
+    Returns:
+      One for each name and weights, with different labels, Adam among them: scores are relative to it.
+
+    Raises:
+      UserError: an unknown name, weights that are missing or do not fit, or two of one label.
+
+    Example:
+      >>> [c.label for c in contenders(["muon", "celo2"])]
+      ['adam', 'muon', 'celo2']
+    """
+    thetas = _by_variant(names, weights)
+    found = [] if ADAM in names else [baseline(ADAM)]
+    for name in names:
+        if name in BASELINES:
+            found.append(baseline(name))
+        elif name in _variants():
+            parts = load(name).optimizer.to_dict()
+            for path in thetas.get(name, [HAND_MADE]):
+                theta = None if path == HAND_MADE else path
+                label = name if theta is None else f"{name}@{_stem(path)}"
+                found.append(learned(label, parts, theta))
+        else:
+            label, _, path = name.rpartition("=")
+            if not _is_path(path):
+                raise unknown("optimizer", name, [*BASELINES, *_variants()])
+            found.append(learned(label or _stem(path), parts_of(path), path))
+    labels = [c.label for c in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"two optimizers are called {label!r}: name one of them, LABEL=PATH")
+    return found
+
+
+def baseline(name: str) -> Contender:
+    """Returns a hand-made optimizer."""
+    known = lookup(name)
+    return Contender(
+        label=name,
+        about=known.about,
+        rule=functools.partial(Rule, name),
+        context=(),
+        grid=known.grid,
+        limit=LIMIT,
+        eval_params=known.eval_params,
+        config={"baseline": name, "about": known.about},
+    )
+
+
+def learned(label: str, parts: Mapping[str, Any], path: str | None) -> Contender:
+    """Returns a learned optimizer.
+
+    Args:
+      label: its name.
+      parts: the section ``optimizer`` of a config, complete.
+      path: of its theta, a file or run folder; None for the hand-made one.
+
+    Raises:
+      UserError: parts that cannot be built, or a theta that is missing, damaged or of another optimizer.
+    """
+    text = canonical(resolve_parts(dict(parts)))
+    optimizer = _built(text)
+    theta = optimizer.theta if path is None else load_theta(path, like=optimizer.theta)
+    theta = jax.device_get(theta)
+    of_theta = digest(flatten(theta), {})
+    own = has_own_schedule(json.loads(text))
+    about = "hand-made theta" if path is None else f"theta of {path}, digest {of_theta[:12]}"
+    return Contender(
+        label=label,
+        about=about + (", learned schedule, not tuned" if own else ""),
+        rule=functools.partial(LearnedRule, text),
+        context=(theta,),
+        grid=OWN_GRID if own else LEARNED_GRID,
+        limit=0 if own else LIMIT,
+        eval_params=trained,
+        config={"learned": json.loads(text), "theta": of_theta},
+    )
+
+
+def parts_of(path: str) -> dict[str, Any]:
+    """Returns the section ``optimizer`` that a theta file or run folder says it is for.
+
+    Raises:
+      UserError: there is no theta, or its header does not say.
+    """
+    load_theta(path)  # says what is wrong with the file
+    try:
+        parts = json.loads(read_metadata(path).get("config", "{}"))["optimizer"]
+        if not isinstance(parts, dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(
+            f"{path} does not say which optimizer its theta is for: name it, --weights VARIANT={path}"
+        ) from None
+    return parts
+
+
+def _by_variant(names: Sequence[str], weights: Sequence[str]) -> dict[str, list[str]]:
+    """Returns paths of thetas by variant."""
+    among = [name for name in names if name not in BASELINES and name in _variants()]
+    thetas: dict[str, list[str]] = {}
+    for text in weights:
+        name, equals, path = text.partition("=")
+        if not equals:
+            if len(among) != 1:
+                listed = ", ".join(among) or "none"
+                raise UserError(f"say whose weights {text} are: VARIANT={text}; --optimizers names {listed}")
+            name, path = among[0], text
+        elif name not in among:
+            raise unknown("variant of --weights", name, among)
+        if path != HAND_MADE and not os.path.exists(path):
+            raise UserError(f"no weights at {path}: neither a theta file nor a run folder is there")
+        thetas.setdefault(name, []).append(path)
+    return thetas
+
+
+def _variants() -> list[str]:
+    return [name for name, (_, whole) in presets().items() if whole]
+
+
+def _is_path(text: str) -> bool:
+    return os.sep in text or text.endswith(".safetensors") or os.path.exists(text)
+
+
+def _stem(path: str) -> str:
+    return Path(os.path.abspath(path)).name.removesuffix(".safetensors")
