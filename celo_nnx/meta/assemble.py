@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_count, require, unknown
 from celo_nnx.interfaces import Family, GradientEstimator, Optimizer, Task
 from celo_nnx.meta.augmentations import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
@@ -17,7 +17,7 @@ from celo_nnx.meta.frozen import frozen_mask
 from celo_nnx.meta.meta_optimizers import meta_optimizer
 from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.trainer import MetaTrainer
-from celo_nnx.meta.truncation import TRUNCATIONS, is_count
+from celo_nnx.meta.truncation import TRUNCATIONS
 
 SECTIONS = ("estimator", "objective", "unroll", "augmentation", "optimizer")
 OPTIONS = ("average", "frozen", "phases")
@@ -40,7 +40,7 @@ def _choose(
     Raises:
       UserError: for a missing or unknown kind, or an unknown argument.
     """
-    if not isinstance(section, Mapping) and not hasattr(section, "items"):
+    if not hasattr(section, "items"):
         raise UserError(f"{name} = {section!r} must be a section with a key 'kind'")
     arguments = dict(section.items())
     kind = arguments.pop("kind", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +13,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from celo_nnx import processes
-from celo_nnx.errors import UserError, require
+from celo_nnx.errors import UserError, is_count, is_number, require
 from celo_nnx.interfaces import Array, Family, PyTree, Task
-from celo_nnx.meta.truncation import is_count
 from celo_nnx.meta.unroll import Source
 
 AXIS = "particles"
@@ -243,7 +241,7 @@ def _in_turns(step: Callable[..., Part], group: Group, together: int) -> Callabl
 def _weights(weights: Sequence[float], names: tuple[str, ...]) -> tuple[float, ...]:
     """Returns the families' weights, of sum 1."""
     weights = tuple(weights) or (1.0,) * len(names)
-    numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights)
+    numbers = all(is_number(w) and w >= 0 for w in weights)
     legal = f"() or a finite number >= 0 for each of the families {', '.join(names)}, not all 0"
     fit = numbers and len(weights) == len(names) and sum(weights) > 0
     require(fit, "estimator.weights", weights, legal)

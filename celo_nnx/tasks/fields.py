@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import is_count, is_number, require, unknown
 from celo_nnx.interfaces import Array
 
 MAX_WIDTH = 65_536
@@ -61,16 +61,6 @@ def _batch(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 # name -> (width, rngs) -> layer over the last axis; "batch" also means over all the other axes
 NORMALIZATIONS: dict[str, Callable[[int, nnx.Rngs], Any]] = {"none": _none, "layer": _layer, "batch": _batch}
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite real number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_counts(task: Any, *names: str) -> None:

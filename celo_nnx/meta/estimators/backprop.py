@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Truncated, flatten, mean_loss, nonfinite, unflatten
 from celo_nnx.meta.population import Group, Pairs, Part
-from celo_nnx.meta.truncation import is_count
 from celo_nnx.meta.unroll import Problems
 
 

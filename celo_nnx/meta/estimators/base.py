@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -12,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_count, is_number, require, unknown
 from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task, TruncationSchedule
 from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.population import Group, Pairs, Part, Population
-from celo_nnx.meta.truncation import NEVER, LogUniform, is_count
+from celo_nnx.meta.truncation import NEVER, LogUniform
 from celo_nnx.meta.unroll import Problems, Record, fresh, partly_done, unroll
 
 OFFSETS = ("uniform", "none")
@@ -169,11 +168,10 @@ class Perturbed(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in (("std", self.std), *(("leaf_std", std) for _, std in self._leaf_std())):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(number and 0 < value < math.inf, f"estimator.{name}", value, "a finite number > 0")
-        number = isinstance(self.sign_delta, (int, float)) and not isinstance(self.sign_delta, bool)
-        number = number and 0 <= self.sign_delta < math.inf
-        require(number, "estimator.sign_delta", self.sign_delta, "a finite number >= 0 (0 for off)")
+            require(is_number(value) and value > 0, f"estimator.{name}", value, "a finite number > 0")
+        legal = "a finite number >= 0 (0 for off)"
+        good = is_number(self.sign_delta) and self.sign_delta >= 0
+        require(good, "estimator.sign_delta", self.sign_delta, legal)
         self.stds = self._stds()
 
     def _leaf_std(self) -> Sequence[tuple[str, float]]:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Perturbed
 from celo_nnx.meta.population import Group, Pairs, Part
-from celo_nnx.meta.truncation import NEVER, is_count
+from celo_nnx.meta.truncation import NEVER
 from celo_nnx.meta.unroll import Problems, fresh, losses_at_end, unroll
 
 CHUNK = 50  # inner steps whose losses are held at once

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import is_number, require, unknown
 from celo_nnx.interfaces import Array, GradientEstimator, PyTree
 
 MODES = ("average", "switch")
@@ -41,8 +41,7 @@ class Mixture:
     ) -> None:
         if mode not in MODES:
             raise unknown("estimator.mode", mode, MODES)
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        require(number and 0 <= weight <= 1, "estimator.weight", weight, "a number from 0 to 1")
+        require(is_number(weight) and 0 <= weight <= 1, "estimator.weight", weight, "a number from 0 to 1")
         if _same(first.data, second.data):  # the same families: their arrays are there once
             second = second.with_data(first.data)
         self.first, self.second, self.mode, self.weight = first, second, mode, float(weight)

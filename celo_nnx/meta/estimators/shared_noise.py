@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_integer, require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Perturbed, Truncated, flatten, mean_loss, nonfinite
 from celo_nnx.meta.estimators.pes import credit, scaled
@@ -62,9 +62,8 @@ class SharedNoise(Perturbed, Truncated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.reuse, int) and not isinstance(self.reuse, bool)
         legal = "an integer >= 0 (0: held for a trajectory's whole life)"
-        require(whole and self.reuse >= 0, "estimator.reuse", self.reuse, legal)
+        require(is_integer(self.reuse) and self.reuse >= 0, "estimator.reuse", self.reuse, legal)
 
     def init_group(self, group: Group, theta: PyTree, key: Array) -> SharedNoiseState:
         """Draws the inner problems; perturbations are due."""
