@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from celo_nnx.errors import is_count, is_number, require, unknown
@@ -103,7 +104,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
       1.386...
     """
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=-1))
+    return jnp.mean(optax.softmax_cross_entropy(logits, one_hot))
 
 
 def clipped(loss: Array, low: float, high: float) -> Array:
