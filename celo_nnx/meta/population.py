@@ -13,14 +13,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from celo_nnx import processes
+from celo_nnx.devices import TOGETHER
 from celo_nnx.errors import UserError, is_count, is_number, require
 from celo_nnx.interfaces import Array, Family, PyTree, Task
 from celo_nnx.meta.unroll import Source
 
 AXIS = "particles"
-# Parameters, of both signs, that train together on a CPU device: more of them outgrow its cache, and time
-# grows faster than the number of pairs. Measured on 8x8 image MLPs: 4.6 ms a pair for 32, 5.6 for 256.
-TOGETHER = 2**17
 # A side also reads its own theta in each step, once, where it reads a parameter's planes some sixteen times.
 # Counted in, VeLO of 46,000 meta-parameters takes 9 % less time.
 THETA_SHARE = 16
