@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from celo_nnx.errors import UserError, is_count, is_number, require, unknown
 from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task, TruncationSchedule
 from celo_nnx.meta.objective import Objective
-from celo_nnx.meta.population import Group, Pairs, Part, Population
+from celo_nnx.meta.population import Feed, Group, Pairs, Part, Population
 from celo_nnx.meta.truncation import NEVER, LogUniform
 from celo_nnx.meta.unroll import Problems, Record, fresh, partly_done, unroll
 
@@ -132,16 +132,7 @@ class Estimator:
         """Returns the state of a group of families at the start."""
         raise NotImplementedError
 
-    def group_step(
-        self,
-        group: Group,
-        theta: PyTree,
-        state: PyTree,
-        pairs: Pairs,
-        data: dict[str, Any],
-        key: Array,
-        iteration: Array,
-    ) -> Part:
+    def group_step(self, group: Group, theta: PyTree, state: PyTree, feed: Feed) -> Part:
         """Does the part of this device in one meta-iteration of a group."""
         raise NotImplementedError
 
@@ -256,11 +247,9 @@ class Truncated(Estimator):
         group: Group,
         thetas: PyTree,
         problems: Problems,
-        pairs: Pairs,
-        data: dict[str, Any],
+        feed: Feed,
         keys: Array,
         steps: Array | int,
-        iteration: Array,
         differentiable: bool = False,
     ) -> tuple[Problems, Record, Array, Array]:
         """Unrolls one truncation.
@@ -276,11 +265,11 @@ class Truncated(Estimator):
             self.most,
             thetas,
             problems,
-            pairs.source(data, "train"),
+            feed.source("train"),
             keys,
-            held=None if split == "train" else pairs.source(data, split),
+            held=None if split == "train" else feed.source(split),
             steps=steps,
-            iteration=iteration,
+            iteration=feed.iteration,
             differentiable=differentiable,
         )
         loss, counts, first = self.objective(group.task, record, problems, steps)
