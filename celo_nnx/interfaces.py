@@ -439,8 +439,8 @@ class TruncationSchedule(Protocol):
 class GradientEstimator(Protocol):
     """Estimates the meta-gradient; everything random comes from the key."""
 
-    def init(self, theta: PyTree, key: Array) -> PyTree:
-        """Returns the estimator's state: inner problems, perturbation accumulators."""
+    def init(self, theta: PyTree, key: Array, iteration: Array | int = 0) -> PyTree:
+        """Returns the state before a meta-iteration: inner problems, perturbation accumulators."""
 
     def __call__(
         self, theta: PyTree, state: PyTree, key: Array, iteration: Array | int = 0

@@ -254,11 +254,11 @@ def _in_turns(
 
 def _weights(weights: Sequence[float], names: tuple[str, ...]) -> tuple[float, ...]:
     """Returns the families' weights, of sum 1."""
-    weights = tuple(weights) or (1.0,) * len(names)
-    numbers = all(is_number(w) and w >= 0 for w in weights)
+    listed = isinstance(weights, (tuple, list)) and all(is_number(w) and w >= 0 for w in weights)
     legal = f"() or a finite number >= 0 for each of the families {', '.join(names)}, not all 0"
-    fit = numbers and len(weights) == len(names) and sum(weights) > 0
+    fit = listed and (not weights or len(weights) == len(names) and sum(weights) > 0)
     require(fit, "estimator.weights", weights, legal)
+    weights = weights or (1.0,) * len(names)
     return tuple(w / sum(weights) for w in weights)
 
 

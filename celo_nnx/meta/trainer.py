@@ -148,7 +148,7 @@ class MetaTrainer:
         return {
             "theta": theta,
             "meta_optimizer": self.meta_optimizer.init(theta),
-            "estimator": self._bound(data).init(theta, start),
+            "estimator": self._bound(data).init(theta, start, iteration),
             "iteration": jnp.array(iteration, copy=True),
             "key": jax.random.wrap_key_data(
                 jnp.array(jax.random.key_data(key), copy=True), impl=jax.random.key_impl(key)

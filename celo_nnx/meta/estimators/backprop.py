@@ -31,9 +31,9 @@ class TruncatedBackprop(Truncated):
         legal = "an integer >= 1 (not a schedule: the differentiated loop has a fixed length)"
         require(is_count(self.truncation), "estimator.truncation", self.truncation, legal)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> Problems:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> Problems:
         """Draws the inner problems."""
-        return self.first_problems(group, theta, key, signs=1)
+        return self.first_problems(group, theta, key, iteration, signs=1)
 
     def group_step(self, group: Group, theta: PyTree, state: Problems, feed: Feed) -> Part:
         """One truncation of a group, and back."""

@@ -110,9 +110,10 @@ class Estimator:
             found |= matches
         return np.repeat(found, [np.size(leaf) for _, leaf in leaves])
 
-    def init(self, theta: PyTree, key: Array) -> list[PyTree]:
-        """Returns the state at the start, one a group of families, all that it draws from ``key``."""
-        return [self.init_group(group, theta, key) for group in self.population.groups]
+    def init(self, theta: PyTree, key: Array, iteration: Array | int = 0) -> list[PyTree]:
+        """Returns the state before a meta-iteration, one a group of families, all drawn from ``key``."""
+        iteration = jnp.asarray(iteration, jnp.int32)
+        return [self.init_group(group, theta, key, iteration) for group in self.population.groups]
 
     def __call__(
         self, theta: PyTree, state: list[PyTree], key: Array, iteration: Array | int = 0
@@ -128,7 +129,7 @@ class Estimator:
         gradient = jnp.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         return unflatten(gradient, theta), state, metrics
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> PyTree:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> PyTree:
         """Returns the state of a group of families at the start."""
         raise NotImplementedError
 
@@ -221,6 +222,9 @@ class Truncated(Estimator):
             require(is_count(self.truncation), "estimator.truncation", self.truncation, "an integer >= 1")
         if self.initial_offset not in OFFSETS:
             raise unknown("estimator.initial_offset", self.initial_offset, OFFSETS)
+        never = self.objective.steps == "last" and self.unroll.maximum == NEVER
+        legal = "a schedule whose trajectories end: meta.objective.steps = 'last' counts no other loss"
+        require(not never, "meta.unroll", "never", legal)
         self.most = getattr(self.truncation, "maximum", self.truncation)
         require(self.most < NEVER, "estimator.truncation", "never", "a schedule of truncations that end")
 
@@ -230,13 +234,15 @@ class Truncated(Estimator):
             return self.truncation
         return self.truncation(jax.random.fold_in(key, 2**32 - 1), iteration)
 
-    def first_problems(self, group: Group, theta: PyTree, key: Array, signs: int = 2) -> Problems:
+    def first_problems(
+        self, group: Group, theta: PyTree, key: Array, iteration: Array, signs: int = 2
+    ) -> Problems:
         """Draws the inner problems of a group, all signs at the unperturbed theta."""
         numbers = self.population.numbers(group)
         start, offset = self.pair_keys(key, numbers)
         pairs = len(numbers.number)
         thetas = jax.tree.map(lambda x: jnp.broadcast_to(x, (pairs, signs, *jnp.shape(x))), theta)
-        problems = fresh(self.optimizer, group.task, self.unroll, thetas, start)
+        problems = fresh(self.optimizer, group.task, self.unroll, thetas, start, iteration)
         # A trajectory without an end has no inner step to be spread over.
         if self.initial_offset == "none" or self.unroll.maximum == NEVER:
             return problems

@@ -47,7 +47,7 @@ class FullES(Perturbed):
         legal = "a schedule whose trajectories end"
         require(self.unroll.maximum < NEVER, "meta.unroll of full_es", "never", legal)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> tuple[()]:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> tuple[()]:
         """Nothing is carried over."""
         return ()
 

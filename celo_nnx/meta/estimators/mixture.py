@@ -54,10 +54,10 @@ class Mixture:
         other.__dict__.update(self.__dict__, first=first, second=second, data=data)
         return other
 
-    def init(self, theta: PyTree, key: Array) -> tuple[PyTree, PyTree]:
-        """Returns both estimators' states at the start."""
+    def init(self, theta: PyTree, key: Array, iteration: Array | int = 0) -> tuple[PyTree, PyTree]:
+        """Returns both estimators' states before a meta-iteration."""
         keys = jax.random.split(key)
-        return self.first.init(theta, keys[0]), self.second.init(theta, keys[1])
+        return self.first.init(theta, keys[0], iteration), self.second.init(theta, keys[1], iteration)
 
     def __call__(
         self, theta: PyTree, state: tuple[PyTree, PyTree], key: Array, iteration: Array | int = 0

@@ -160,9 +160,9 @@ class PES(Perturbed, Truncated):
         if self.finished_step not in FINISHED_STEP:
             raise unknown("estimator.finished_step", self.finished_step, FINISHED_STEP)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> PESState:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> PESState:
         """Draws the inner problems; accumulators start at 0."""
-        problems = self.first_problems(group, theta, key)
+        problems = self.first_problems(group, theta, key, iteration)
         return PESState(problems, jnp.zeros((problems.length.shape[0], flatten(theta).size), jnp.float32))
 
     def group_step(self, group: Group, theta: PyTree, state: PESState, feed: Feed) -> Part:

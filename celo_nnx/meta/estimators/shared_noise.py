@@ -65,9 +65,9 @@ class SharedNoise(Perturbed, Truncated):
         legal = "an integer >= 0 (0: held for a trajectory's whole life)"
         require(is_integer(self.reuse) and self.reuse >= 0, "estimator.reuse", self.reuse, legal)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> SharedNoiseState:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> SharedNoiseState:
         """Draws the inner problems; perturbations are due."""
-        problems = self.first_problems(group, theta, key)
+        problems = self.first_problems(group, theta, key, iteration)
         pairs = problems.length.shape[0]
         nothing = jnp.zeros((pairs, flatten(theta).size), jnp.float32)
         return SharedNoiseState(problems, nothing, nothing, jnp.zeros(pairs, jnp.int32))

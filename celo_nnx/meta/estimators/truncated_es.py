@@ -27,9 +27,9 @@ class TruncatedES(Perturbed, Truncated):
     of learned optimizers", ICML 2019.
     """
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> Problems:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> Problems:
         """Draws the inner problems."""
-        return self.first_problems(group, theta, key)
+        return self.first_problems(group, theta, key, iteration)
 
     def group_step(self, group: Group, theta: PyTree, state: Problems, feed: Feed) -> Part:
         """One truncation of a group."""
