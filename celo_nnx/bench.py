@@ -18,8 +18,8 @@ import optax
 from ml_collections import ConfigDict
 
 from celo_nnx import processes
-from celo_nnx.errors import UserError, require, unknown
-from celo_nnx.interfaces import Family
+from celo_nnx.errors import UserError, is_count, require, unknown
+from celo_nnx.interfaces import Family, GradientEstimator
 
 PyTree = Any
 
@@ -171,19 +171,31 @@ class _StepCell:
 
 def synthetic_families(tasks: Mapping[str, Any]) -> list[Family]:
     """Returns the families of a config's ``tasks`` on random images: time does not depend on the data."""
-    from celo_nnx.tasks import ImageMLP
+    from celo_nnx.tasks import TASKS
+    from celo_nnx.tasks.variation import combinations
 
-    if tasks["kind"] != "image_mlp":
-        raise UserError(f"bench meta measures tasks.kind 'image_mlp', not {tasks['kind']!r}")
-    features, rng = tasks["image_size"] ** 2, np.random.default_rng(0)
-    settings = {key: tasks[key] for key in ("batch_size", "activation", "normalizer_clip")}
-    task = ImageMLP(features=features, hidden=tuple(tasks["hidden"]), classes=10, **settings)
-    families = []
-    for name in tasks["datasets"]:
-        x = rng.random((EXAMPLES, features), np.float32)
-        data = {"x": x, "y": rng.integers(0, 10, EXAMPLES).astype(np.int32)}
-        families.append(Family(name=name, task=task, train=data, test=data, validation=data))
+    kind = tasks["kind"]
+    if kind != "image_mlp":
+        raise UserError(f"bench meta measures tasks.kind 'image_mlp', not {kind!r}")
+    builder, rng, families = TASKS[kind], np.random.default_rng(0), []
+    for suffix, section in combinations(builder.complete(tasks)):
+        given = builder.task.fields_of(section["image_size"], 1 if section["grey"] else 3, classes=10)
+        task = builder.make(section, given)
+        for name in section["datasets"]:
+            x = rng.random((EXAMPLES, task.features), np.float32)
+            data = {"x": x, "y": rng.integers(0, 10, EXAMPLES).astype(np.int32)}
+            families.append(Family(name + suffix, task, train=data, test=data, validation=data))
     return families
+
+
+def inner_steps(estimator: GradientEstimator, families: int) -> int | None:
+    """Returns the inner steps of one meta-iteration, resets among them; None where their number varies."""
+    from celo_nnx.meta.estimators.base import Perturbed
+
+    truncation = getattr(estimator, "truncation", None)  # full ES and mixtures have none
+    if not is_count(truncation):
+        return None
+    return (2 if isinstance(estimator, Perturbed) else 1) * estimator.pairs * families * truncation
 
 
 def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -195,8 +207,11 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
 
     Yields:
       A row for each: ``thing, devices, processes, s_per_meta_iteration`` (median), ``s_min, s_max,
-      inner_steps_per_s, compile_s, temp_bytes, argument_bytes, peak_rss_mb``; with a peer also
-      ``speedup``, the ratio of its median to the fused program's.
+      inner_steps_per_s`` (None where their number varies), ``compile_s, temp_bytes, argument_bytes,
+      peak_rss_mb``; with a peer also ``speedup``, the ratio of its median to the fused program's.
+
+    Raises:
+      UserError: tasks other than image MLPs, an unknown peer, or a config that the peer does not implement.
     """
     from celo_nnx.build import build
     from celo_nnx.devices import choose_devices
@@ -206,6 +221,13 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
     for peer in peers:
         if peer != "naive":
             raise unknown("peer", peer, ("naive",))
+    if peers:  # before minutes go into compiling the fused program
+        from celo_nnx.naive import naive_trainer
+        from celo_nnx.naive_meta import check
+        from celo_nnx.naive_variants import twin
+
+        check(config.meta)
+        rule = twin(config.optimizer)
     processes.join()
     with processes.together():
         devices = choose_devices(config.run.devices, pairs_of(config.meta.estimator))
@@ -216,15 +238,11 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
     processes.meet(devices)
     cells: list[Any] = [_MetaCell(trainer, devices)]
     if peers:
-        from celo_nnx.naive import naive_trainer
-        from celo_nnx.naive_variants import twin
-
-        cells.append(_NaiveCell(naive_trainer(config, families, optimizer.theta, twin(config.optimizer))))
+        cells.append(_NaiveCell(naive_trainer(config, families, optimizer.theta, rule)))
     for _ in range(META_REPEATS):
         for cell in cells:
             cell.time()
-    estimator = config.meta.estimator
-    steps = 2 * estimator.pairs * len(families) * estimator.truncation
+    steps = inner_steps(trainer.estimator, len(families))
     fused = statistics.median(cells[0].times)
     for cell in cells:
         median = statistics.median(cell.times)
@@ -235,7 +253,7 @@ def meta(config: ConfigDict, peers: Sequence[str] = ()) -> Iterator[dict[str, An
             "s_per_meta_iteration": round(median, 4),
             "s_min": round(min(cell.times), 4),
             "s_max": round(max(cell.times), 4),
-            "inner_steps_per_s": round(steps / median),
+            "inner_steps_per_s": steps and round(steps / median),
             "compile_s": round(cell.compile_s, 1),
             "temp_bytes": cell.temp_bytes,
             "argument_bytes": cell.argument_bytes,

@@ -1,4 +1,4 @@
-"""How many devices a meta-training uses; decided before JAX starts its backend."""
+"""How many devices a meta-training uses, decided before JAX starts its backend; what a CPU device holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import jax
 
 from celo_nnx import processes
 from celo_nnx.errors import require
+
+# Parameters of inner problems that train together on a CPU device: more of them outgrow its cache, and each
+# then takes longer. Measured on antithetic pairs of 8x8 image MLPs: 4.6 ms a pair for 32 pairs, 5.6 for 256.
+TOGETHER = 2**17
 
 
 def cores() -> int:

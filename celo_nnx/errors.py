@@ -1,8 +1,9 @@
-"""The one exception that a user's mistake raises, and the wording that messages share."""
+"""The one exception that a user's mistake raises, the wording that messages share, checks of numbers."""
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -43,6 +44,37 @@ def require(condition: bool, name: str, value: object, legal: str) -> None:
     """
     if not condition:
         raise UserError(f"{name} = {value!r} is out of range: must be {legal}")
+
+
+def is_integer(value: object) -> bool:
+    """Tells whether a value is an integer; a bool is none.
+
+    Example:
+      >>> is_integer(-3), is_integer(True), is_integer(3.0)
+      (True, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_count(value: object) -> bool:
+    """Tells whether a value is an integer of at least 1 that fits in int32.
+
+    Example:
+      >>> is_count(1), is_count(0), is_count(2**31)
+      (True, False, False)
+    """
+    return is_integer(value) and 1 <= value < 2**31
+
+
+def is_number(value: object) -> bool:
+    """Tells whether a value is a finite real number, integers among them; a bool is none.
+
+    Example:
+      >>> is_number(0.5), is_number(2), is_number(float("inf")), is_number(True)
+      (True, True, False, False)
+    """
+    real = isinstance(value, float) or is_integer(value)
+    return real and abs(value) <= sys.float_info.max  # math.isfinite fails on an integer beyond that
 
 
 def printable(text: str) -> str:

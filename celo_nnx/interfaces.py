@@ -23,7 +23,8 @@ Who imports whom (an arrow points at what is imported; ``tests/test_layout.py`` 
 
     cli -> everything below            build      -> components, optimizer, interfaces
     training, quickstart -> meta, tasks, evaluation, build
-    training, bench, meta -> devices, processes: how many there are, and what they agree on
+    training, bench, meta, evaluation -> devices: how many there are, and what one holds
+    training, bench, meta -> processes: how many there are, and what they agree on
     evaluation -> tasks, optimizer     components, optimizer, meta, tasks -> interfaces
     pretrained -> build, meta's digest     description, diagram, dead, model_file -> build, optimizer
     watch, run_report -> run_folder, series (watch needs no JAX); run_report also -> training, description
@@ -438,8 +439,8 @@ class TruncationSchedule(Protocol):
 class GradientEstimator(Protocol):
     """Estimates the meta-gradient; everything random comes from the key."""
 
-    def init(self, theta: PyTree, key: Array) -> PyTree:
-        """Returns the estimator's state: inner problems, perturbation accumulators."""
+    def init(self, theta: PyTree, key: Array, iteration: Array | int = 0) -> PyTree:
+        """Returns the state before a meta-iteration: inner problems, perturbation accumulators."""
 
     def __call__(
         self, theta: PyTree, state: PyTree, key: Array, iteration: Array | int = 0

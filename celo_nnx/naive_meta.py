@@ -9,6 +9,7 @@ Source: META_TRAINING sections 1 to 6.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,31 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from celo_nnx.errors import UserError
+from celo_nnx.errors import UserError, is_count, is_number
 from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task
 from celo_nnx.naive import from_config
 
 DISPATCH = 10  # inner steps a dispatch
+# Settings of config.meta of which the loop implements one value, their default.
+ONLY: dict[str, Any] = {
+    "estimator.kind": "pes",
+    "estimator.weights": (),
+    "estimator.leaf_std": (),
+    "estimator.sign_delta": 0.0,
+    "objective.split": "train",
+    "objective.steps": "all",
+    "objective.scale": "task",
+    "objective.clip": 0.0,
+    "unroll.kind": "log_uniform",
+    "optimizer.kind": "adamw",
+    "optimizer.clip_norm": 0.0,
+    "optimizer.warmup": 0,
+    "frozen": (),
+    "average": 0.0,
+}
+# Settings that must be there, as numbers and not as sections.
+NUMBERS = ("estimator.pairs", "estimator.std", "estimator.truncation", "unroll.minimum", "unroll.maximum")
+NUMBERS += tuple(f"optimizer.{name}" for name in ("learning_rate", "b1", "b2", "eps", "weight_decay"))
 
 
 class Problem(NamedTuple):
@@ -93,14 +114,51 @@ def pes_estimate(
     return grads, jax.tree.map(carry, accumulator, perturbation), mean_loss
 
 
+def check(meta: Mapping[str, Any]) -> None:
+    """Checks that the published loop does what a config's section ``meta`` says.
+
+    Its trajectories all begin at inner step 0, whatever ``estimator.initial_offset`` says: that is over with
+    the first of them.
+
+    Raises:
+      UserError: the first setting that it does not implement.
+
+    Example:
+      >>> from celo_nnx.config import load
+      >>> check(load("celo2:fast_digits").meta)
+    """
+    augmentation = meta["augmentation"]
+    kind = augmentation.get("kind") if hasattr(augmentation, "items") else None
+    if kind not in ("none", "reparametrization") or augmentation.get("level", "global") != "global":
+        raise UserError("the published loop knows no meta.augmentation but none and global reparametrization")
+    for name, known in ONLY.items():
+        value = _setting(meta, name, known)
+        if (tuple(value) if isinstance(value, list) else value) != known:
+            raise UserError(f"the published loop knows no meta.{name} but {known!r}, not {value!r}")
+    scale = ("augmentation.low", "augmentation.high") if kind == "reparametrization" else ()
+    for name in (*NUMBERS, *scale):
+        value = _setting(meta, name, None)
+        if not is_number(value) or name == "estimator.truncation" and not is_count(value):
+            shown = "a section" if hasattr(value, "items") else repr(value)
+            raise UserError(f"the published loop needs a number for meta.{name}, not {shown}")
+
+
+def _setting(meta: Mapping[str, Any], name: str, default: Any) -> Any:
+    section, _, key = name.rpartition(".")
+    return (meta.get(section, {}) if section else meta).get(key, default)
+
+
 class NaiveTrainer:
     """The published loop: Python over families and dispatches, resets computed in every step.
 
     Args:
-      config: sections ``optimizer`` and ``meta``.
+      config: sections ``optimizer`` and ``meta``, the latter as :func:`check` wants it.
       families: task families with data.
       theta: where meta-training starts.
       optimizer: the twin; by default :func:`celo_nnx.naive.from_config` of ``config.optimizer``.
+
+    Raises:
+      UserError: a setting that the loop does not implement.
 
     Example:
       >>> trainer = naive_trainer(config, families, theta)  # doctest: +SKIP
@@ -111,16 +169,9 @@ class NaiveTrainer:
         self, config: ConfigDict, families: list[Family], theta: PyTree, optimizer: Optimizer | None = None
     ) -> None:
         self.meta, self.families, self.theta = config.meta, families, theta
-        augmentation = config.meta.augmentation
-        known = hasattr(augmentation, "items") and augmentation.kind in ("none", "reparametrization")
-        if not known or augmentation.get("level", "global") != "global":
-            raise UserError(
-                "the published loop knows no meta.augmentation but none and global reparametrization"
-            )
+        check(config.meta)
         self.optimizer = optimizer or from_config(config.optimizer)
         rule = config.meta.optimizer
-        if rule.get("kind", "adamw") != "adamw" or not isinstance(rule.learning_rate, (int, float)):
-            raise UserError("the published loop knows no meta.optimizer but adamw at a constant rate")
         self.adamw = optax.adamw(
             rule.learning_rate, b1=rule.b1, b2=rule.b2, eps=rule.eps, weight_decay=rule.weight_decay
         )
@@ -147,6 +198,7 @@ class NaiveTrainer:
     def __call__(self, state: TrainerState) -> TrainerState:
         """Does one meta-iteration."""
         meta, families, results = self.meta.estimator, [], []
+        finished_step = meta.get("finished_step", "exact")
         key = jax.random.fold_in(state.key, state.iteration)
         host = np.random.default_rng((int(jax.random.bits(key, dtype=jnp.uint32)), state.iteration))
         for index, (family, old) in enumerate(zip(self.families, state.families, strict=True)):
@@ -161,7 +213,7 @@ class NaiveTrainer:
                 neg, (neg_loss, _, _) = self.unroll(family.task, minus, neg, batches, keys)
                 records.append((record[0], neg_loss, *record[1:]))
             record = [jnp.concatenate(parts) for parts in zip(*records, strict=True)]
-            gradient, accumulator, loss = self.estimate(*record, v, old[2], meta.std, meta.finished_step)
+            gradient, accumulator, loss = self.estimate(*record, v, old[2], meta.std, finished_step)
             families.append((pos, neg, accumulator))
             results.append((gradient, loss))
         theta, adamw, loss = self.step(state.theta, state.adamw, results)

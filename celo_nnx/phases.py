@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -78,7 +78,7 @@ def plan(config: Any) -> tuple[Phase, ...]:
 
 def _section(section: Any, where: str, last: bool) -> tuple[str, int, tuple[str, ...]]:
     """Checks one section; returns its name, budget and overrides."""
-    if not isinstance(section, Mapping) and not hasattr(section, "items"):
+    if not hasattr(section, "items"):
         raise UserError(f"{where} = {section!r} must be a section of {', '.join(KEYS)}")
     for key in section:
         if key not in KEYS:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from celo_nnx import lock, processes
-from celo_nnx.errors import UserError, require
+from celo_nnx.errors import UserError, is_integer, require
 from celo_nnx.files import read_json, write_json
 from celo_nnx.meta import checkpoint
 from celo_nnx.phases import Phase
@@ -102,7 +102,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return is_integer(value) and value >= least
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:

@@ -30,17 +30,15 @@ from celo_nnx.meta.runlog import clock
 from celo_nnx.pretrained.files import refuse_existing, told
 from celo_nnx.run_files import flat, resolve
 from celo_nnx.run_folder import RunFolder, Start
-from celo_nnx.series import even, extremes, mean, running_mean
+from celo_nnx.series import SHARE, WINDOW, even, extremes, mean, running_mean
 
 FILE_NAME = "report.html"
 MARK = b'content="celo-nnx report"'  # tells a report of ours, which may be replaced
-LAST = 200  # meta-iterations that the final loss is averaged over
 POINTS = 1000  # of a curve
 FAMILIES = 12  # curves of families in one picture
 SPANS = 12  # rows of the course as numbers
 EVENTS = 8  # dashed lines in a picture
 STARTS = 20  # rows of the table of starts
-SHARE = 25  # a curve is smoothed over this share of its iterations
 SCALARS = ("loss", "gradient_norm", "update_norm", "theta_norm")
 
 
@@ -99,7 +97,7 @@ def html(run: RunFolder, now: float | None = None) -> str:
         title=f"Meta-training run {name}",
         summary=summary(run, state),
         state=state,
-        window=min(LAST, len(run.metrics)),
+        window=min(WINDOW, len(run.metrics)),
         losses=losses(run),
         figures=figures(run),
         spans=spans(run),
@@ -128,7 +126,7 @@ def summary(run: RunFolder, state: str) -> list[str]:
     values = run.metrics["loss"]
     if not len(values):
         return [*out, "It has logged no meta-iteration yet."]
-    window = min(LAST, len(values))
+    window = min(WINDOW, len(values))
     last, first = mean(values[-window:]), mean(values[:window])
     if math.isfinite(last):
         out.append(
@@ -149,7 +147,7 @@ def losses(run: RunFolder) -> list[dict[str, str]]:
     if not len(run.metrics):
         return []
     counts = {name: _total(column) for name, column in run.metrics.families("nonfinite").items()}
-    window = min(LAST, len(run.metrics))
+    window = min(WINDOW, len(run.metrics))
 
     def row(name: str, values: np.ndarray, count: int) -> dict[str, str]:
         first, last = mean(values[:window]), mean(values[-window:])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+WINDOW = 200  # meta-iterations that a loss is averaged over
+SHARE = 25  # a curve is smoothed over this share of its meta-iterations
+
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """The mean of the last ``window`` values that leaves NaN out.

@@ -22,10 +22,8 @@ from rich.text import Text
 from celo_nnx.errors import printable, require
 from celo_nnx.meta.runlog import clock, speed
 from celo_nnx.run_folder import RunFolder
-from celo_nnx.series import mean, resampled, running_mean
+from celo_nnx.series import SHARE, WINDOW, mean, resampled, running_mean
 
-WINDOW = 200  # iterations that a loss is averaged over
-SHARE = 25  # a curve is smoothed over this share of its iterations
 COLORS = {"starting": "cyan", "running": "green", "interrupted": "red", "finished": "bold green"}
 BLOCKS = "▁▂▃▄▅▆▇█"
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # of a braille cell: left, right, from above

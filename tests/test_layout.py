@@ -36,7 +36,7 @@ ALLOWED = {
     "experiments": {"config"},
     "processes": {"errors"},
     "devices": {"errors", "processes"},
-    "meta": LEAVES | {"processes"},
+    "meta": LEAVES | {"devices", "processes"},
     "tasks": LEAVES,
     "evaluation": LEAVES
     | {

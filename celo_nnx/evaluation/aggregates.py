@@ -1,4 +1,4 @@
-"""Aggregates of scores over tasks and seeds, with stratified bootstrap intervals. Numpy only.
+"""Aggregates of scores over tasks and seeds, with stratified bootstrap intervals. Numpy and scipy.
 
 Scores are ``[n_seeds, n_tasks]``, higher is better, every run in its place: a diverged one is 0, never left
 out. A bootstrap sample draws ``n_seeds`` seeds with replacement within every task, independently of the
@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 from celo_nnx.errors import require, unknown
 
@@ -41,16 +42,13 @@ class Estimate:
 
 
 def iqm(scores: np.ndarray) -> np.ndarray:
-    """The interquartile mean over the last two axes: of all ``n`` runs without the ``floor(n/4)`` at each
-    end.
+    """The interquartile mean over the last two axes: that of all ``n`` runs but ``floor(n/4)`` at each end.
 
     Example:
       >>> float(iqm(np.array([[0.0, 1.0], [2.0, 9.0]])))
       1.5
     """
-    runs = scores.reshape(*scores.shape[:-2], -1)
-    cut = runs.shape[-1] // 4
-    return np.sort(runs, axis=-1)[..., cut : runs.shape[-1] - cut].mean(axis=-1)
+    return stats.trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1)
 
 
 def median(scores: np.ndarray) -> np.ndarray:

@@ -118,8 +118,7 @@ class Cells:
 
     Raises:
       UserError: the file of cells is damaged, other than by a last line that a kill has torn, which is left
-      out and
-        cut off by the next :meth:`add`.
+        out and cut off by the next :meth:`add`.
 
     Example:
       >>> import tempfile

@@ -16,14 +16,12 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from celo_nnx.devices import TOGETHER
 from celo_nnx.errors import require
 from celo_nnx.evaluation.baselines import trained
 from celo_nnx.evaluation.scores import final_loss
 from celo_nnx.interfaces import Array, PyTree, Task
 
-# Parameters that train together on a CPU device: more of them outgrow its cache, and then runs cost more
-# each.
-TOGETHER = 2**17
 HELD_OUT_KEY = 0x5EED  # decides the held-out batches, the same for every run of a task
 
 
@@ -251,8 +249,7 @@ def _compiled(program: _Program, shapes: tuple[jax.ShapeDtypeStruct, ...], tree:
 def _train(
     program: _Program, rates: Array, seeds: Array, data: PyTree, sets: PyTree, context: tuple[PyTree, ...]
 ) -> tuple[Array, dict[str, Array]]:
-    """(losses ``[runs, steps]``, by set ``[runs, evaluations]``) for rates ``[runs]`` and seeds
-    ``[runs]``."""
+    """(losses ``[runs, steps]``, by set ``[runs, evaluations]``); rates and seeds are ``[runs]``."""
 
     def runs(rates: Array, seeds: Array, data: PyTree, sets: PyTree, context: PyTree) -> PyTree:
         def one(run: tuple[Array, Array]) -> PyTree:

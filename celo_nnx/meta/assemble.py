@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_count, require, unknown
 from celo_nnx.interfaces import Family, GradientEstimator, Optimizer, Task
 from celo_nnx.meta.augmentations import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
@@ -17,7 +17,7 @@ from celo_nnx.meta.frozen import frozen_mask
 from celo_nnx.meta.meta_optimizers import meta_optimizer
 from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.trainer import MetaTrainer
-from celo_nnx.meta.truncation import TRUNCATIONS, is_count
+from celo_nnx.meta.truncation import TRUNCATIONS
 
 SECTIONS = ("estimator", "objective", "unroll", "augmentation", "optimizer")
 OPTIONS = ("average", "frozen", "phases")
@@ -40,9 +40,7 @@ def _choose(
     Raises:
       UserError: for a missing or unknown kind, or an unknown argument.
     """
-    if not isinstance(section, Mapping) and not hasattr(section, "items"):
-        raise UserError(f"{name} = {section!r} must be a section with a key 'kind'")
-    arguments = dict(section.items())
+    arguments = _items(name, section)
     kind = arguments.pop("kind", None)
     if kind not in table:
         raise unknown(f"{name}.kind", kind, table)
@@ -52,6 +50,12 @@ def _choose(
         if key not in [p.name for p in known]:
             raise unknown(f"key of {name}", key, ["kind", *(p.name for p in known)])
     return functools.partial(table[kind], **arguments)
+
+
+def _items(name: str, section: Any) -> dict[str, Any]:
+    if not hasattr(section, "items"):
+        raise UserError(f"{name} = {section!r} must be a section with a key 'kind'")
+    return dict(section.items())
 
 
 def _section(meta: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -100,7 +104,7 @@ def build_estimator(
     Raises:
       UserError: for an unknown kind or key, or a value out of range.
     """
-    objective = {"kind": "objective", **dict(meta.get("objective", {}).items())}
+    objective = {"kind": "objective", **_items("meta.objective", meta.get("objective", {}))}
     given = dict(
         unroll=_choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)(),
         augmentation=build_augmentation(_section(meta, "augmentation")),
@@ -119,7 +123,7 @@ def _estimator(
     given: Mapping[str, Any],
 ) -> GradientEstimator:
     """Builds the estimator of a section; a mixture's are sections of its own."""
-    values = dict(section.items()) if hasattr(section, "items") else {}
+    values = _items(name, section)
     if values.get("kind") == "mixture":
         for part in ("first", "second"):
             if part not in values:
@@ -128,7 +132,7 @@ def _estimator(
         return _choose(name, values, ESTIMATORS)()
     if hasattr(values.get("truncation"), "items"):
         values["truncation"] = _choose(f"{name}.truncation", values["truncation"], TRUNCATIONS)()
-    return _choose(name, values or section, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
+    return _choose(name, values, ESTIMATORS, Estimator.GIVEN)(optimizer, families, **given)
 
 
 def pairs_of(estimator: Mapping[str, Any]) -> int:
@@ -137,14 +141,23 @@ def pairs_of(estimator: Mapping[str, Any]) -> int:
     Args:
       estimator: ``config.meta.estimator``.
 
+    Raises:
+      UserError: it is no section, or the number of pairs is out of range.
+
     Example:
       >>> pairs_of({"kind": "mixture", "first": {"pairs": 8}, "second": {"pairs": 12}})
       4
     """
-    if estimator.get("kind") == "mixture":
-        return math.gcd(*(pairs_of(estimator[part]) for part in ("first", "second") if part in estimator))
-    pairs = estimator.get("pairs", Estimator.pairs)
-    require(is_count(pairs), "meta.estimator.pairs", pairs, "an integer >= 1")
+    return _pairs("meta.estimator", estimator)
+
+
+def _pairs(name: str, section: Any) -> int:
+    values = _items(name, section)
+    if values.get("kind") == "mixture":
+        parts = (part for part in ("first", "second") if part in values)
+        return math.gcd(*(_pairs(f"{name}.{part}", values[part]) for part in parts))
+    pairs = values.get("pairs", Estimator.pairs)
+    require(is_count(pairs), f"{name}.pairs", pairs, "an integer >= 1")
     return pairs
 
 

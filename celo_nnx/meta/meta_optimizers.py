@@ -22,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from celo_nnx.errors import UserError, require, unknown
-from celo_nnx.meta.truncation import is_count
+from celo_nnx.errors import UserError, is_count, is_number, require, unknown
 
 Rule = optax.GradientTransformation
 Number = float | optax.Schedule
@@ -58,8 +57,7 @@ def adamw(
     """
 
     def number(name: str, value: object, high: float, legal: str) -> None:
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        require(real and 0.0 <= value < high, f"meta.optimizer.{name}", value, legal)
+        require(is_number(value) and 0.0 <= value < high, f"meta.optimizer.{name}", value, legal)
 
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if not callable(value):
@@ -217,8 +215,7 @@ def _make(section: Any, where: str, *, nested: bool) -> Any:
     if missing:
         raise UserError(f"{where} ({kind}) needs {', '.join(missing)}")
     rate = arguments.get("learning_rate", 0.0)
-    negative = isinstance(rate, (int, float)) and rate < 0
-    require(not negative, f"{where}.learning_rate", rate, "a finite number >= 0")
+    require(not is_number(rate) or rate >= 0, f"{where}.learning_rate", rate, "a finite number >= 0")
     try:
         return made(**arguments)
     except UserError:
@@ -242,7 +239,7 @@ def _argument(value: Any, where: str) -> Any:
 
 
 def _is_section(value: Any) -> bool:
-    return isinstance(value, Mapping) or hasattr(value, "items")
+    return hasattr(value, "items")
 
 
 def _line(error: Exception) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_number, require, unknown
 from celo_nnx.interfaces import Array, Family, Task
 from celo_nnx.meta.unroll import Problems, Record
 
@@ -54,9 +53,8 @@ class Objective:
         for name, known in (("split", SPLITS), ("steps", STEPS), ("scale", SCALES)):
             if getattr(self, name) not in known:
                 raise unknown(f"meta.objective.{name}", getattr(self, name), known)
-        number = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
         legal = "a finite number >= 0 (0 for no cut)"
-        require(number and 0 <= self.clip < math.inf, "meta.objective.clip", self.clip, legal)
+        require(is_number(self.clip) and self.clip >= 0, "meta.objective.clip", self.clip, legal)
 
     def check(self, families: Sequence[Family]) -> None:
         """Checks that every family has the split.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,15 +13,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from celo_nnx import processes
-from celo_nnx.errors import UserError, require
+from celo_nnx.devices import TOGETHER
+from celo_nnx.errors import UserError, is_count, is_number, require
 from celo_nnx.interfaces import Array, Family, PyTree, Task
-from celo_nnx.meta.truncation import is_count
 from celo_nnx.meta.unroll import Source
 
 AXIS = "particles"
-# Parameters, of both signs, that train together on a CPU device: more of them outgrow its cache, and time
-# grows faster than the number of pairs. Measured on 8x8 image MLPs: 4.6 ms a pair for 32, 5.6 for 256.
-TOGETHER = 2**17
 # A side also reads its own theta in each step, once, where it reads a parameter's planes some sixteen times.
 # Counted in, VeLO of 46,000 meta-parameters takes 9 % less time.
 THETA_SHARE = 16
@@ -63,9 +59,25 @@ class Pairs(NamedTuple):
     start: dict[str, Array]
     count: dict[str, Array]
 
-    def source(self, data: dict[str, Arrays], split: str) -> Source:
+
+class Feed(NamedTuple):
+    """What the step of a group is given besides theta and the group's state.
+
+    Attributes:
+      pairs: this device's pairs of the group, or a chunk of them.
+      data: the group's arrays by split, all examples of its families.
+      key: of the meta-iteration, the same for all groups and devices.
+      iteration: number of the meta-iteration, int32 scalar.
+    """
+
+    pairs: Pairs
+    data: dict[str, Arrays]
+    key: Array
+    iteration: Array
+
+    def source(self, split: str) -> Source:
         """Returns where batches of a split come from."""
-        return Source(data[split], self.start[split], self.count[split])
+        return Source(self.data[split], self.pairs.start[split], self.pairs.count[split])
 
 
 class Part(NamedTuple):
@@ -162,9 +174,10 @@ class Population:
         theta: PyTree,
         states: list[PyTree],
         data: list[dict[str, Arrays]],
-        *shared: PyTree,
+        key: Array,
+        iteration: Array,
     ) -> tuple[Array, list[PyTree], dict[str, Array]]:
-        """Does ``step(group, theta, state, pairs, data, *shared)`` for every group, over all devices.
+        """Does ``step(group, theta, state, feed)`` for every group, over all devices.
 
         Returns:
           (sum of the gradients ``[size of theta]``; next states; metrics ``loss``, ``family_loss`` and
@@ -172,11 +185,12 @@ class Population:
         """
 
         def local(
-            theta: PyTree, states: list[PyTree], pairs: list[Pairs], data: list[dict], shared: PyTree
+            theta: PyTree, states: list[PyTree], pairs: list[Pairs], data: list[dict], shared: tuple
         ) -> tuple[Array, list[PyTree], dict[str, Array]]:
+            feeds = [Feed(own, arrays, *shared) for own, arrays in zip(pairs, data, strict=True)]
             parts = [
-                _in_turns(step, group, self._together(group, theta, rest[1]))(theta, *rest, *shared)
-                for group, *rest in zip(self.groups, states, pairs, data, strict=True)
+                _in_turns(step, group, theta, state, feed, self._together(group, theta, feed.pairs))
+                for group, state, feed in zip(self.groups, states, feeds, strict=True)
             ]
             sums = [self._sums(part, own) for part, own in zip(parts, pairs, strict=True)]
             total = jax.tree.map(lambda *x: sum(x), *sums)
@@ -195,7 +209,7 @@ class Population:
                 check_vma=False,
             )
         pairs = [self.numbers(group) for group in self.groups]
-        gradient, states, total = local(theta, states, pairs, data, shared)
+        gradient, states, total = local(theta, states, pairs, data, (key, iteration))
         family_loss = total["loss"] / self.pairs
         loss = jnp.sum(family_loss * jnp.asarray(self.weights, jnp.float32))
         metrics = {"loss": loss, "family_loss": family_loss, "nonfinite": total["nonfinite"]}
@@ -220,33 +234,31 @@ class Population:
         }
 
 
-def _in_turns(step: Callable[..., Part], group: Group, together: int) -> Callable[..., Part]:
+def _in_turns(
+    step: Callable[..., Part], group: Group, theta: PyTree, state: PyTree, feed: Feed, together: int
+) -> Part:
     """Does a group's step chunk by chunk of ``together`` pairs."""
+    count = len(feed.pairs.number)
+    if together == count:
+        return step(group, theta, state, feed)
 
-    def turns(theta: PyTree, state: PyTree, pairs: Pairs, data: dict[str, Arrays], *shared: PyTree) -> Part:
-        count = len(pairs.number)
-        if together == count:
-            return step(group, theta, state, pairs, data, *shared)
+    def one(total: Array, chunk: tuple[PyTree, Pairs]) -> tuple[Array, tuple[PyTree, Array, Array]]:
+        part = step(group, theta, chunk[0], feed._replace(pairs=chunk[1]))
+        return total + part.gradient, part[1:]
 
-        def one(total: Array, chunk: tuple[PyTree, Pairs]) -> tuple[Array, tuple[PyTree, Array, Array]]:
-            part = step(group, theta, *chunk, data, *shared)
-            return total + part.gradient, part[1:]
-
-        chunks = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), (state, pairs))
-        zero = jnp.zeros(sum(leaf.size for leaf in jax.tree.leaves(theta)), jnp.float32)
-        gradient, rest = lax.scan(one, zero, chunks)
-        return Part(gradient, *jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), rest))
-
-    return turns
+    chunks = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), (state, feed.pairs))
+    zero = jnp.zeros(sum(leaf.size for leaf in jax.tree.leaves(theta)), jnp.float32)
+    gradient, rest = lax.scan(one, zero, chunks)
+    return Part(gradient, *jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), rest))
 
 
 def _weights(weights: Sequence[float], names: tuple[str, ...]) -> tuple[float, ...]:
     """Returns the families' weights, of sum 1."""
-    weights = tuple(weights) or (1.0,) * len(names)
-    numbers = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights)
+    listed = isinstance(weights, (tuple, list)) and all(is_number(w) and w >= 0 for w in weights)
     legal = f"() or a finite number >= 0 for each of the families {', '.join(names)}, not all 0"
-    fit = numbers and len(weights) == len(names) and sum(weights) > 0
+    fit = listed and (not weights or len(weights) == len(names) and sum(weights) > 0)
     require(fit, "estimator.weights", weights, legal)
+    weights = weights or (1.0,) * len(names)
     return tuple(w / sum(weights) for w in weights)
 
 

@@ -11,10 +11,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from celo_nnx import processes
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, is_number, require
 from celo_nnx.interfaces import Array, GradientEstimator, Optimizer, PyTree
 from celo_nnx.meta.population import AXIS
-from celo_nnx.meta.truncation import is_count
 
 # LLVM avoids 512-bit vectors by default; the update MLP is faster with them where the CPU has them.
 COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}
@@ -65,8 +64,9 @@ class MetaTrainer:
         require(
             is_count(iterations_per_dispatch), "run.iterations_per_dispatch", iterations_per_dispatch, legal
         )
-        number = isinstance(average, (int, float)) and not isinstance(average, bool)
-        require(number and 0 <= average < 1, "meta.average", average, "a number in [0, 1) (0 = off)")
+        require(
+            is_number(average) and 0 <= average < 1, "meta.average", average, "a number in [0, 1) (0 = off)"
+        )
         self.optimizer = optimizer
         self.estimator = estimator
         self.average = float(average)
@@ -148,7 +148,7 @@ class MetaTrainer:
         return {
             "theta": theta,
             "meta_optimizer": self.meta_optimizer.init(theta),
-            "estimator": self._bound(data).init(theta, start),
+            "estimator": self._bound(data).init(theta, start, iteration),
             "iteration": jnp.array(iteration, copy=True),
             "key": jax.random.wrap_key_data(
                 jnp.array(jax.random.key_data(key), copy=True), impl=jax.random.key_impl(key)

@@ -9,15 +9,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, TruncationSchedule
 
 NEVER = 2**31 - 1  # the length of a trajectory that does not end, int32's largest
-
-
-def is_count(value: object) -> bool:
-    """Tells whether ``value`` is an integer >= 1 that fits in int32 (a bool is not)."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def _require_count(name: str, value: int, least: int = 1, least_name: str = "") -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from celo_nnx.errors import UserError, require
+from celo_nnx.errors import UserError, is_integer, is_number, require
 
 Check = Callable[[str, Any], Any]
 
@@ -15,7 +15,7 @@ def number(low: float, high: float) -> Check:
     """A number from ``low`` to ``high``."""
 
     def check(name: str, value: Any) -> float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        fits = is_number(value) and low <= value <= high
         require(fits, name, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
@@ -26,7 +26,7 @@ def integer(low: int, high: int) -> Check:
     """An integer from ``low`` to ``high``."""
 
     def check(name: str, value: Any) -> int:
-        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        fits = is_integer(value) and low <= value <= high
         require(fits, name, value, f"an integer from {low} to {high}")
         return value
 

@@ -13,8 +13,8 @@ from celo_nnx.recordings.checks import found, integer
 from celo_nnx.recordings.classes import CLASSES, Published, lookup
 from celo_nnx.recordings.files import Recording
 
-# Which constructor field gives the size that a letter of celo_nnx.pretrained.layouts stands for, or a list of
-# that length.
+# Which constructor field gives the size that a letter of celo_nnx.pretrained.layouts stands for, or a list
+# of that length.
 _SIZES = {
     "ff_hidden_size": "H",
     "hidden_size": "H",

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, is_number, require
 from celo_nnx.interfaces import Array, PyTree, Task
-from celo_nnx.tasks.fields import MAX_WIDTH, check_counts, check_names, clipped, is_count, is_number
+from celo_nnx.tasks.fields import MAX_WIDTH, check_counts, check_names, clipped
 
 WORST = 10.0
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, PyTree, Task
 from celo_nnx.tasks.fields import (
     ACTIVATIONS,
@@ -20,7 +20,6 @@ from celo_nnx.tasks.fields import (
     check_positive,
     check_widths,
     clipped,
-    is_count,
     pick_examples,
 )
 from celo_nnx.tasks.image_mlp import dense, initial_dense

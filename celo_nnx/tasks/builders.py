@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_number, require, unknown
 from celo_nnx.interfaces import Family, Task
 from celo_nnx.tasks.data import load
-from celo_nnx.tasks.fields import is_number
 from celo_nnx.tasks.text import load_text
 
 Section = Mapping[str, Any]
@@ -186,7 +185,7 @@ class WrappingFamilies(Families):
 
 def within(place: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function on a section within a section, and tells errors with its place."""
-    if not isinstance(arguments[0], Mapping) and not hasattr(arguments[0], "items"):
+    if not hasattr(arguments[0], "items"):
         raise UserError(f"tasks.{place} = {arguments[0]!r} must be a section with a key 'kind'")
     try:
         return function(*arguments)

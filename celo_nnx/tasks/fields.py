@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import is_count, is_number, require, unknown
 from celo_nnx.interfaces import Array
 
 MAX_WIDTH = 65_536
@@ -63,16 +64,6 @@ def _batch(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 NORMALIZATIONS: dict[str, Callable[[int, nnx.Rngs], Any]] = {"none": _none, "layer": _layer, "batch": _batch}
 
 
-def is_count(value: object) -> bool:
-    """Whether a value is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite real number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def check_counts(task: Any, *names: str) -> None:
     """Checks that these fields of a task are integers of at least 1."""
     for name in names:
@@ -113,7 +104,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
       1.386...
     """
     one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), axis=-1))
+    return jnp.mean(optax.softmax_cross_entropy(logits, one_hot))
 
 
 def clipped(loss: Array, low: float, high: float) -> Array:

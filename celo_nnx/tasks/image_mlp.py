@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, PyTree, Task
 from celo_nnx.tasks.fields import (
     ACTIVATIONS,
@@ -18,7 +18,6 @@ from celo_nnx.tasks.fields import (
     check_positive,
     check_widths,
     clipped,
-    is_count,
     pick_examples,
 )
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.tasks.fields import (
     ACTIVATIONS,
@@ -22,7 +22,6 @@ from celo_nnx.tasks.fields import (
     check_positive,
     clipped,
     cross_entropy,
-    is_count,
     pick_examples,
 )
 from celo_nnx.tasks.nnx_task import ModelTask

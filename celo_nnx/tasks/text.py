@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from celo_nnx.errors import MissingData, UserError, require, unknown
+from celo_nnx.errors import MissingData, UserError, is_integer, require, unknown
 from celo_nnx.tasks.data import check_place, folders, looked_for
 
 TEXTS: dict[str, str] = {
@@ -66,7 +66,7 @@ def load_text(name: str, *, level: str, words: int = 1000, data_dir: str = "") -
     """
     if level not in LEVELS:
         raise unknown("level", level, LEVELS)
-    good = isinstance(words, int) and not isinstance(words, bool) and 2 <= words <= MAX_VOCABULARY
+    good = is_integer(words) and 2 <= words <= MAX_VOCABULARY
     require(good, "words", words, f"an integer from 2 to {MAX_VOCABULARY}")
     raw, source = _raw(name, data_dir)
     if level == "byte":

@@ -7,8 +7,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from celo_nnx.errors import UserError, require, unknown
-from celo_nnx.tasks.fields import is_count
+from celo_nnx.errors import UserError, is_count, is_integer, require, unknown
 
 MAX_COMBINATIONS = 256
 FIXED = ("kind", "datasets", "inner", "parts", "vary", "sample", "sample_seed")
@@ -34,7 +33,7 @@ def combinations(section: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]
       [':width=1:act=relu', ':width=1:act=tanh', ':width=2:act=relu', ':width=2:act=tanh']
     """
     vary = section.get("vary") or {}
-    if not isinstance(vary, Mapping) and not hasattr(vary, "items"):
+    if not hasattr(vary, "items"):
         raise UserError(
             f"tasks.vary = {vary!r} is out of range: must be a section of settings and their values"
         )
@@ -66,7 +65,7 @@ def _chosen(section: Mapping[str, Any], total: int) -> list[int]:
     good = is_count(sample) and sample <= most or sample == 0
     require(good, "tasks.sample", sample, f"0 for all {total} combinations, or an integer from 1 to {most}")
     require(sample > 0 or total <= most, "number of combinations", total, f"at most {most}; set tasks.sample")
-    require(is_count(seed) or seed == 0, "tasks.sample_seed", seed, "an integer >= 0")
+    require(is_integer(seed) and seed >= 0, "tasks.sample_seed", seed, "an integer >= 0")
     return sorted(random.Random(seed).sample(range(total), sample)) if sample else list(range(total))
 
 

@@ -32,8 +32,10 @@ class FactoredReading:
     diagonal: Array | None = None
 
     def preconditioner(self, k: int, raw: bool = False) -> Array:
-        """Returns the plane that multiplies a gradient (raw) or momentum: ``R_k C_k``, or for an unfactored
-        tensor ``srs(v_diag + 1e-9)``."""
+        """Returns the plane that multiplies a gradient (raw) or momentum.
+
+        It is ``R_k C_k``, or ``srs(v_diag + 1e-9)`` for an unfactored tensor.
+        """
         if self.diagonal is not None:
             return rsqrt_floored(self.diagonal[k] + 1e-9)
         factors = self.raw_factors if raw else self.factors

@@ -16,11 +16,10 @@ MOMENTS = ("mean_second_moment", "variance_momentum", "variance_second_moment")
 
 
 class NormalizedMoment(TensorFeature):
-    """``0.5 clip(log(1e-8 + 10 x), -5, 5)`` of a moment of momenta or second moments times
-    ``z = 1 / RMS(p)`` (OPTIMIZERS V1, V2).
+    """``0.5 clip(log(1e-8 + 10 x), -5, 5)`` of a moment ``x`` of scaled momenta or second moments.
 
-    Both are multiplied by ``z`` once, and the "variance" of the second moment is taken around the momentum's
-    mean, one number for each momentum: as published.
+    Both are scaled by ``z = 1 / RMS(p)`` once, and the "variance" of the second moment is taken around the
+    momentum's mean, one number for each momentum: as published (OPTIMIZERS V1, V2).
 
     Args:
       moment: ``"mean_second_moment"`` (one number for each decay), ``"variance_momentum"``,

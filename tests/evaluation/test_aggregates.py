@@ -18,11 +18,11 @@ def some(seeds=5, tasks=17, seed=0):
     return scores
 
 
-def test_statistics_equal_scipys():
+def test_statistics_by_hand():
     for seeds, tasks in [(1, 1), (3, 1), (1, 7), (5, 17), (4, 4)]:
         x = some(max(seeds, 1), tasks)[:seeds, :tasks]
-        trimmed = stats.trim_mean(x.ravel(), 0.25)
-        assert aggregate(x).value == pytest.approx(trimmed, abs=1e-12)
+        middle = sorted(x.ravel())[x.size // 4 : x.size - x.size // 4]
+        assert aggregate(x).value == pytest.approx(sum(middle) / len(middle), abs=1e-12)
         assert aggregate(x, "mean").value == pytest.approx(x.mean(), abs=1e-12)
         assert aggregate(x, "median").value == pytest.approx(np.median(x.mean(axis=0)), abs=1e-12)
 

@@ -8,7 +8,7 @@ import pytest
 
 from celo_nnx.config import load
 from celo_nnx.errors import UserError
-from celo_nnx.meta import build_estimator
+from celo_nnx.meta import build_estimator, pairs_of
 from celo_nnx.meta.estimators import ESTIMATORS
 from celo_nnx.meta.truncation import Growing, LogUniform
 from celo_nnx.tasks import build_families, hold_out
@@ -99,6 +99,7 @@ def test_lengths_are_schedules(toy):
         (['estimator.leaf_std=(("schedule/",0.1),)'], r"unknown pattern of estimator.leaf_std 'schedule/'"),
         (["estimator.kind=shared_noise", "estimator.reuse=-1"], r"estimator.reuse = -1"),
         (["objective.steps=first"], r"unknown meta.objective.steps 'first'"),
+        (["objective.steps=last", "unroll.kind=never"], r"meta.unroll = 'never' .* trajectories end"),
     ],
 )
 def test_mistakes_are_named_in_one_line(toy, overrides, message):
@@ -117,6 +118,33 @@ def test_sections_that_are_missing_or_none_are_named(toy):
         build_estimator(section, toy.Drift(), [toy.family()])
     with pytest.raises(UserError, match="meta.estimator = 'pes' must be a section"):
         build_estimator({**section, "estimator": "pes"}, toy.Drift(), [toy.family()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"estimator": None}, "meta.estimator = None must be a section"),
+        ({"estimator": dict(kind="mixture", first="pes")}, "meta.estimator.first = 'pes' must be a section"),
+        ({"estimator": dict(kind="pes", pairs=0)}, "meta.estimator.pairs = 0 is out of range"),
+    ],
+)
+def test_the_number_of_pairs_is_asked_of_a_section(changes, message):
+    """It is what a run asks first, to choose its devices."""
+    with pytest.raises(UserError, match=message):
+        pairs_of((meta().to_dict() | changes)["estimator"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "last"}, "meta.objective = 'last' must be a section"),
+        ({"estimator": dict(kind="pes", weights=2.0)}, "estimator.weights = 2.0 is out of range"),
+        ({"estimator": dict(kind="pes", weights={"a": 1.0})}, "estimator.weights = {'a': 1.0}"),
+    ],
+)
+def test_values_that_only_a_config_file_can_have(toy, changes, message):
+    with pytest.raises(UserError, match=message):
+        build_estimator(meta().to_dict() | changes, toy.Drift(), [toy.family()])
 
 
 def test_a_validation_split_has_to_be_held_out(toy):

@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from celo_nnx.errors import UserError
 from celo_nnx.meta.estimators import PES, FullES, Mixture, SharedNoise, TruncatedBackprop, TruncatedES
 from celo_nnx.meta.objective import Objective
+from celo_nnx.meta.trainer import MetaTrainer
 from celo_nnx.meta.truncation import NEVER, Constant, Growing, LogUniform, NeverEnding
 
 THETA = {"rule": {"rate": jnp.float32(0.3)}, "schedule": {"drift": jnp.float32(0.7)}}
@@ -110,6 +112,30 @@ def test_truncations_grow_with_the_meta_iteration(toy, by_hand):
     steps = np.diff([0, *(int(state[0].problems.inner_step[0]) for _, state, _ in results)])
     want = [int(schedule(jax.random.fold_in(jax.random.key(k), by_hand.LAST), k)) for k in numbers]
     assert steps.tolist() == want and want[0] == 2 and max(want) >= 4
+
+
+@pytest.mark.parametrize("kind", [PES, TruncatedES, SharedNoise, TruncatedBackprop, "mixture"])
+def test_a_later_phase_begins_with_lengths_of_its_meta_iteration(toy, kind):
+    schedule = Growing(minimum=2, start=2, maximum=500, iterations=100)
+    options = {"unroll": schedule, "pairs": 32, "truncation": 5}
+    family = toy.family(task=toy.Quadratic(noise=0.5))
+    made = (PES if kind == "mixture" else kind)(toy.Rated(THETA), [family], **options)
+    estimator = Mixture(made, made) if kind == "mixture" else made
+    trainer = MetaTrainer(toy.Rated(THETA), estimator, optax.sgd(0.1))
+
+    def lengths(iteration):
+        state = trainer.init(jax.random.key(0), iteration=iteration)["estimator"]
+        return np.concatenate([x.ravel() for x in by_name(state, "length")])
+
+    assert lengths(0).tolist() == [2] * len(lengths(0))
+    late = lengths(100)  # log-uniform from 2 to 500: the middle is 32
+    assert late.min() >= 2 and late.max() > 200 and 10 < np.median(late) < 100
+
+
+def by_name(state, name):
+    """Returns the leaves of this name."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return [np.asarray(x) for path, x in leaves if jax.tree_util.keystr(path).endswith(f".{name}")]
 
 
 @functools.cache

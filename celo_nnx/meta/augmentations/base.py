@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_number, require
 from celo_nnx.interfaces import Array, PyTree, Task
 
 SMALLEST, LARGEST = 1e-30, 1e30  # further out, float32 would round a factor to 0 or to infinity
@@ -78,11 +78,6 @@ class Augmentation(Task):
     def normalize(self, loss: Array) -> Array:
         """Maps an unscaled loss to the meta-loss as the wrapped task does."""
         return self.task.normalize(loss)
-
-
-def is_number(value: object) -> bool:
-    """Tells whether ``value`` is a number (a bool is not)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_range(low: object, high: object, least: float = SMALLEST, most: float = LARGEST) -> None:

@@ -8,10 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.errors import UserError, require
+from celo_nnx.errors import UserError, is_count, require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.augmentations.base import Augmentation
-from celo_nnx.meta.truncation import is_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Truncated, flatten, mean_loss, nonfinite, unflatten
-from celo_nnx.meta.population import Group, Pairs, Part
-from celo_nnx.meta.truncation import is_count
+from celo_nnx.meta.population import Feed, Group, Part
 from celo_nnx.meta.unroll import Problems
 
 
@@ -33,31 +31,22 @@ class TruncatedBackprop(Truncated):
         legal = "an integer >= 1 (not a schedule: the differentiated loop has a fixed length)"
         require(is_count(self.truncation), "estimator.truncation", self.truncation, legal)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> Problems:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> Problems:
         """Draws the inner problems."""
-        return self.first_problems(group, theta, key, signs=1)
+        return self.first_problems(group, theta, key, iteration, signs=1)
 
-    def group_step(
-        self,
-        group: Group,
-        theta: PyTree,
-        state: Problems,
-        pairs: Pairs,
-        data: dict[str, Any],
-        key: Array,
-        iteration: Array,
-    ) -> Part:
+    def group_step(self, group: Group, theta: PyTree, state: Problems, feed: Feed) -> Part:
         """One truncation of a group, and back."""
-        _, keys = self.pair_keys(key, pairs)
-        count = len(pairs.number)
+        _, keys = self.pair_keys(feed.key, feed.pairs)
+        count = len(feed.pairs.number)
 
         def objective(flat: Array) -> tuple[Array, tuple[Problems, Array, Array]]:
             thetas = unflatten(flat[:, None], theta)
             problems, record, loss, counts = self.truncate(
-                group, thetas, state, pairs, data, keys, self.most, iteration, differentiable=True
+                group, thetas, state, feed, keys, self.most, differentiable=True
             )
             loss = mean_loss(loss, counts)
-            return jnp.sum(loss * pairs.weight), (problems, loss, nonfinite(record))
+            return jnp.sum(loss * feed.pairs.weight), (problems, loss, nonfinite(record))
 
         # A theta for each problem, so that one that diverges does not take the others with it.
         flat = flatten(theta)

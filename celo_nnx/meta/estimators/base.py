@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_count, is_number, require, unknown
 from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task, TruncationSchedule
 from celo_nnx.meta.objective import Objective
-from celo_nnx.meta.population import Group, Pairs, Part, Population
-from celo_nnx.meta.truncation import NEVER, LogUniform, is_count
+from celo_nnx.meta.population import Feed, Group, Pairs, Part, Population
+from celo_nnx.meta.truncation import NEVER, LogUniform
 from celo_nnx.meta.unroll import Problems, Record, fresh, partly_done, unroll
 
 OFFSETS = ("uniform", "none")
@@ -111,9 +110,10 @@ class Estimator:
             found |= matches
         return np.repeat(found, [np.size(leaf) for _, leaf in leaves])
 
-    def init(self, theta: PyTree, key: Array) -> list[PyTree]:
-        """Returns the state at the start, one a group of families, all that it draws from ``key``."""
-        return [self.init_group(group, theta, key) for group in self.population.groups]
+    def init(self, theta: PyTree, key: Array, iteration: Array | int = 0) -> list[PyTree]:
+        """Returns the state before a meta-iteration, one a group of families, all drawn from ``key``."""
+        iteration = jnp.asarray(iteration, jnp.int32)
+        return [self.init_group(group, theta, key, iteration) for group in self.population.groups]
 
     def __call__(
         self, theta: PyTree, state: list[PyTree], key: Array, iteration: Array | int = 0
@@ -129,20 +129,11 @@ class Estimator:
         gradient = jnp.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         return unflatten(gradient, theta), state, metrics
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> PyTree:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> PyTree:
         """Returns the state of a group of families at the start."""
         raise NotImplementedError
 
-    def group_step(
-        self,
-        group: Group,
-        theta: PyTree,
-        state: PyTree,
-        pairs: Pairs,
-        data: dict[str, Any],
-        key: Array,
-        iteration: Array,
-    ) -> Part:
+    def group_step(self, group: Group, theta: PyTree, state: PyTree, feed: Feed) -> Part:
         """Does the part of this device in one meta-iteration of a group."""
         raise NotImplementedError
 
@@ -169,11 +160,10 @@ class Perturbed(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in (("std", self.std), *(("leaf_std", std) for _, std in self._leaf_std())):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(number and 0 < value < math.inf, f"estimator.{name}", value, "a finite number > 0")
-        number = isinstance(self.sign_delta, (int, float)) and not isinstance(self.sign_delta, bool)
-        number = number and 0 <= self.sign_delta < math.inf
-        require(number, "estimator.sign_delta", self.sign_delta, "a finite number >= 0 (0 for off)")
+            require(is_number(value) and value > 0, f"estimator.{name}", value, "a finite number > 0")
+        legal = "a finite number >= 0 (0 for off)"
+        good = is_number(self.sign_delta) and self.sign_delta >= 0
+        require(good, "estimator.sign_delta", self.sign_delta, legal)
         self.stds = self._stds()
 
     def _leaf_std(self) -> Sequence[tuple[str, float]]:
@@ -232,6 +222,9 @@ class Truncated(Estimator):
             require(is_count(self.truncation), "estimator.truncation", self.truncation, "an integer >= 1")
         if self.initial_offset not in OFFSETS:
             raise unknown("estimator.initial_offset", self.initial_offset, OFFSETS)
+        never = self.objective.steps == "last" and self.unroll.maximum == NEVER
+        legal = "a schedule whose trajectories end: meta.objective.steps = 'last' counts no other loss"
+        require(not never, "meta.unroll", "never", legal)
         self.most = getattr(self.truncation, "maximum", self.truncation)
         require(self.most < NEVER, "estimator.truncation", "never", "a schedule of truncations that end")
 
@@ -241,13 +234,15 @@ class Truncated(Estimator):
             return self.truncation
         return self.truncation(jax.random.fold_in(key, 2**32 - 1), iteration)
 
-    def first_problems(self, group: Group, theta: PyTree, key: Array, signs: int = 2) -> Problems:
+    def first_problems(
+        self, group: Group, theta: PyTree, key: Array, iteration: Array, signs: int = 2
+    ) -> Problems:
         """Draws the inner problems of a group, all signs at the unperturbed theta."""
         numbers = self.population.numbers(group)
         start, offset = self.pair_keys(key, numbers)
         pairs = len(numbers.number)
         thetas = jax.tree.map(lambda x: jnp.broadcast_to(x, (pairs, signs, *jnp.shape(x))), theta)
-        problems = fresh(self.optimizer, group.task, self.unroll, thetas, start)
+        problems = fresh(self.optimizer, group.task, self.unroll, thetas, start, iteration)
         # A trajectory without an end has no inner step to be spread over.
         if self.initial_offset == "none" or self.unroll.maximum == NEVER:
             return problems
@@ -258,11 +253,9 @@ class Truncated(Estimator):
         group: Group,
         thetas: PyTree,
         problems: Problems,
-        pairs: Pairs,
-        data: dict[str, Any],
+        feed: Feed,
         keys: Array,
         steps: Array | int,
-        iteration: Array,
         differentiable: bool = False,
     ) -> tuple[Problems, Record, Array, Array]:
         """Unrolls one truncation.
@@ -278,11 +271,11 @@ class Truncated(Estimator):
             self.most,
             thetas,
             problems,
-            pairs.source(data, "train"),
+            feed.source("train"),
             keys,
-            held=None if split == "train" else pairs.source(data, split),
+            held=None if split == "train" else feed.source(split),
             steps=steps,
-            iteration=iteration,
+            iteration=feed.iteration,
             differentiable=differentiable,
         )
         loss, counts, first = self.objective(group.task, record, problems, steps)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_count, require
 from celo_nnx.interfaces import Array, PyTree
-from celo_nnx.meta.estimators.base import Perturbed
-from celo_nnx.meta.population import Group, Pairs, Part
-from celo_nnx.meta.truncation import NEVER, is_count
+from celo_nnx.meta.estimators.base import Perturbed, nonfinite
+from celo_nnx.meta.population import Feed, Group, Part
+from celo_nnx.meta.truncation import NEVER
 from celo_nnx.meta.unroll import Problems, fresh, losses_at_end, unroll
 
 CHUNK = 50  # inner steps whose losses are held at once
@@ -48,37 +47,30 @@ class FullES(Perturbed):
         legal = "a schedule whose trajectories end"
         require(self.unroll.maximum < NEVER, "meta.unroll of full_es", "never", legal)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> tuple[()]:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> tuple[()]:
         """Nothing is carried over."""
         return ()
 
-    def group_step(
-        self,
-        group: Group,
-        theta: PyTree,
-        state: tuple[()],
-        pairs: Pairs,
-        data: dict[str, Any],
-        key: Array,
-        iteration: Array,
-    ) -> Part:
+    def group_step(self, group: Group, theta: PyTree, state: tuple[()], feed: Feed) -> Part:
         """Whole trajectories of a group."""
-        noise_keys, run_keys = self.pair_keys(key, pairs)
+        noise_keys, run_keys = self.pair_keys(feed.key, feed.pairs)
         v = self.perturbations(noise_keys)
         thetas = self.antithetic(theta, v)
         # Not a pair's key: one length for all, on every device.
-        length = self.unroll(jax.random.fold_in(key, 2**32 - 1), iteration)
+        length = self.unroll(jax.random.fold_in(feed.key, 2**32 - 1), feed.iteration)
         start_keys, train_keys, end_keys = jnp.moveaxis(
             jax.vmap(lambda key: jax.random.split(key, 3))(run_keys), 1, 0
         )
-        problems = fresh(self.optimizer, group.task, lambda key, i: length, thetas, start_keys, iteration)
-        problems, loss, bad = self._train(group, thetas, problems, pairs, data, train_keys, length)
+        problems = fresh(
+            self.optimizer, group.task, lambda key, i: length, thetas, start_keys, feed.iteration
+        )
+        problems, loss, bad = self._train(group, thetas, problems, feed, train_keys, length)
         if self.objective.steps == "last":
-            source = pairs.source(data, self.objective.split)
+            source = feed.source(self.objective.split)
             final = losses_at_end(group.task, problems, source, end_keys, self.batches)
             loss = self.objective.rescale(final, problems.first[:, None])
         delta = self.delta(loss[None], jnp.ones((1, len(loss)), bool))[0]
-        gradient = self.gradient((delta * pairs.weight) @ v)
+        gradient = self.gradient((delta * feed.pairs.weight) @ v)
         return Part(gradient, (), jnp.mean(loss, 1), bad)
 
     def _train(
@@ -86,15 +78,14 @@ class FullES(Perturbed):
         group: Group,
         thetas: PyTree,
         problems: Problems,
-        pairs: Pairs,
-        data: dict[str, Any],
+        feed: Feed,
         keys: Array,
         length: Array,
     ) -> tuple[Problems, Array, Array]:
         """Trains to the end; returns (problems, mean meta-loss ``[N, 2]``, non-finite losses ``[N]``)."""
         # With "last" the loss comes after the end, so that no step need see another split.
         split = "train" if self.objective.steps == "last" else self.objective.split
-        held = None if split == "train" else pairs.source(data, split)
+        held = None if split == "train" else feed.source(split)
         objective = dataclasses.replace(self.objective, steps="all")
 
         def chunk(carry: tuple) -> tuple:
@@ -107,14 +98,14 @@ class FullES(Perturbed):
                 CHUNK,
                 thetas,
                 problems,
-                pairs.source(data, "train"),
+                feed.source("train"),
                 jax.vmap(jax.random.fold_in, (0, None))(keys, done),
                 held=held,
                 steps=steps,
             )
             loss, counts, first = objective(group.task, record, problems, steps)
             total += jnp.sum(jnp.where(counts[..., None], loss, 0.0), 0)
-            bad += jnp.sum(~jnp.isfinite(record.loss) & record.mask[..., None], (0, 2), dtype=jnp.int32)
+            bad += nonfinite(record)
             return done + steps, after._replace(first=first), total, bad
 
         count = problems.length.shape[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import is_number, require, unknown
 from celo_nnx.interfaces import Array, GradientEstimator, PyTree
 
 MODES = ("average", "switch")
@@ -41,8 +41,7 @@ class Mixture:
     ) -> None:
         if mode not in MODES:
             raise unknown("estimator.mode", mode, MODES)
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        require(number and 0 <= weight <= 1, "estimator.weight", weight, "a number from 0 to 1")
+        require(is_number(weight) and 0 <= weight <= 1, "estimator.weight", weight, "a number from 0 to 1")
         if _same(first.data, second.data):  # the same families: their arrays are there once
             second = second.with_data(first.data)
         self.first, self.second, self.mode, self.weight = first, second, mode, float(weight)
@@ -55,10 +54,10 @@ class Mixture:
         other.__dict__.update(self.__dict__, first=first, second=second, data=data)
         return other
 
-    def init(self, theta: PyTree, key: Array) -> tuple[PyTree, PyTree]:
-        """Returns both estimators' states at the start."""
+    def init(self, theta: PyTree, key: Array, iteration: Array | int = 0) -> tuple[PyTree, PyTree]:
+        """Returns both estimators' states before a meta-iteration."""
         keys = jax.random.split(key)
-        return self.first.init(theta, keys[0]), self.second.init(theta, keys[1])
+        return self.first.init(theta, keys[0], iteration), self.second.init(theta, keys[1], iteration)
 
     def __call__(
         self, theta: PyTree, state: tuple[PyTree, PyTree], key: Array, iteration: Array | int = 0

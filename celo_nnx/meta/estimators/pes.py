@@ -7,7 +7,7 @@ Evolution Strategies", ICML 2021; as restated in META_TRAINING sections 2 to 5.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import lax
 from celo_nnx.errors import unknown
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Perturbed, Truncated, flatten, mean_loss, nonfinite
-from celo_nnx.meta.population import Group, Pairs, Part
+from celo_nnx.meta.population import Feed, Group, Part
 from celo_nnx.meta.unroll import Problems
 
 FINISHED_STEP = ("exact", "published")
@@ -160,31 +160,22 @@ class PES(Perturbed, Truncated):
         if self.finished_step not in FINISHED_STEP:
             raise unknown("estimator.finished_step", self.finished_step, FINISHED_STEP)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> PESState:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> PESState:
         """Draws the inner problems; accumulators start at 0."""
-        problems = self.first_problems(group, theta, key)
+        problems = self.first_problems(group, theta, key, iteration)
         return PESState(problems, jnp.zeros((problems.length.shape[0], flatten(theta).size), jnp.float32))
 
-    def group_step(
-        self,
-        group: Group,
-        theta: PyTree,
-        state: PESState,
-        pairs: Pairs,
-        data: dict[str, Any],
-        key: Array,
-        iteration: Array,
-    ) -> Part:
+    def group_step(self, group: Group, theta: PyTree, state: PESState, feed: Feed) -> Part:
         """One truncation of a group."""
-        noise_keys, unroll_keys = self.pair_keys(key, pairs)
+        noise_keys, unroll_keys = self.pair_keys(feed.key, feed.pairs)
         v = self.perturbations(noise_keys)
-        steps = self.steps(key, iteration)
+        steps = self.steps(feed.key, feed.iteration)
         problems, record, loss, counts = self.truncate(
-            group, self.antithetic(theta, v), state.problems, pairs, data, unroll_keys, steps, iteration
+            group, self.antithetic(theta, v), state.problems, feed, unroll_keys, steps
         )
         due = credit(self.delta(loss, counts), record.done, counts, self.finished_step, steps)
         total = state.accumulator + v
-        directions = (due.old * pairs.weight) @ total + (due.new * pairs.weight) @ v
+        directions = (due.old * feed.pairs.weight) @ total + (due.new * feed.pairs.weight) @ v
         carried = scaled(due.keep_total, total) + scaled(due.keep_new, v)
         state = PESState(problems, carried)
         return Part(self.gradient(directions), state, mean_loss(loss, counts), nonfinite(record))

@@ -7,15 +7,15 @@ Vicol, "Low-Variance Gradient Estimation in Unrolled Computation Graphs with ES-
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from celo_nnx.errors import require
+from celo_nnx.errors import is_integer, require
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Perturbed, Truncated, flatten, mean_loss, nonfinite
 from celo_nnx.meta.estimators.pes import credit, scaled
-from celo_nnx.meta.population import Group, Pairs, Part
+from celo_nnx.meta.population import Feed, Group, Part
 from celo_nnx.meta.unroll import Problems
 
 
@@ -62,39 +62,29 @@ class SharedNoise(Perturbed, Truncated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.reuse, int) and not isinstance(self.reuse, bool)
         legal = "an integer >= 0 (0: held for a trajectory's whole life)"
-        require(whole and self.reuse >= 0, "estimator.reuse", self.reuse, legal)
+        require(is_integer(self.reuse) and self.reuse >= 0, "estimator.reuse", self.reuse, legal)
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> SharedNoiseState:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> SharedNoiseState:
         """Draws the inner problems; perturbations are due."""
-        problems = self.first_problems(group, theta, key)
+        problems = self.first_problems(group, theta, key, iteration)
         pairs = problems.length.shape[0]
         nothing = jnp.zeros((pairs, flatten(theta).size), jnp.float32)
         return SharedNoiseState(problems, nothing, nothing, jnp.zeros(pairs, jnp.int32))
 
-    def group_step(
-        self,
-        group: Group,
-        theta: PyTree,
-        state: SharedNoiseState,
-        pairs: Pairs,
-        data: dict[str, Any],
-        key: Array,
-        iteration: Array,
-    ) -> Part:
+    def group_step(self, group: Group, theta: PyTree, state: SharedNoiseState, feed: Feed) -> Part:
         """One truncation of a group."""
-        noise_keys, unroll_keys = self.pair_keys(key, pairs)
+        noise_keys, unroll_keys = self.pair_keys(feed.key, feed.pairs)
         drawn = self.perturbations(noise_keys)
         due_now = (state.age == 0)[:, None]
         seen = jnp.where(due_now, state.seen + state.v, state.seen)
         v = jnp.where(due_now, drawn, state.v)
-        steps = self.steps(key, iteration)
+        steps = self.steps(feed.key, feed.iteration)
         problems, record, loss, counts = self.truncate(
-            group, self.antithetic(theta, v), state.problems, pairs, data, unroll_keys, steps, iteration
+            group, self.antithetic(theta, v), state.problems, feed, unroll_keys, steps
         )
         due = credit(self.delta(loss, counts), record.done, counts, "exact", steps)
-        directions = (due.old * pairs.weight) @ (seen + v) + (due.new * pairs.weight) @ v
+        directions = (due.old * feed.pairs.weight) @ (seen + v) + (due.new * feed.pairs.weight) @ v
         # A trajectory that began here has seen v and draws its own next; after an end with the last step
         # the next one has seen nothing.
         on = due.keep_total > 0

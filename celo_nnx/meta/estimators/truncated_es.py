@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.estimators.base import Perturbed, Truncated, mean_loss, nonfinite
-from celo_nnx.meta.population import Group, Pairs, Part
+from celo_nnx.meta.population import Feed, Group, Part
 from celo_nnx.meta.unroll import Problems
 
 
@@ -28,22 +27,13 @@ class TruncatedES(Perturbed, Truncated):
     of learned optimizers", ICML 2019.
     """
 
-    def init_group(self, group: Group, theta: PyTree, key: Array) -> Problems:
+    def init_group(self, group: Group, theta: PyTree, key: Array, iteration: Array) -> Problems:
         """Draws the inner problems."""
-        return self.first_problems(group, theta, key)
+        return self.first_problems(group, theta, key, iteration)
 
-    def group_step(
-        self,
-        group: Group,
-        theta: PyTree,
-        state: Problems,
-        pairs: Pairs,
-        data: dict[str, Any],
-        key: Array,
-        iteration: Array,
-    ) -> Part:
+    def group_step(self, group: Group, theta: PyTree, state: Problems, feed: Feed) -> Part:
         """One truncation of a group."""
-        noise_keys, unroll_keys = self.pair_keys(key, pairs)
+        noise_keys, unroll_keys = self.pair_keys(feed.key, feed.pairs)
         v = self.perturbations(noise_keys)
         positive = jax.tree.map(
             lambda x: jnp.broadcast_to(x[:, :1], x.shape), (state.params, state.model, state.optimizer)
@@ -53,12 +43,10 @@ class TruncatedES(Perturbed, Truncated):
             group,
             self.antithetic(theta, v),
             start,
-            pairs,
-            data,
+            feed,
             unroll_keys,
-            self.steps(key, iteration),
-            iteration,
+            self.steps(feed.key, feed.iteration),
         )
         delta = jnp.sum(self.delta(loss, counts), 0) / jnp.maximum(jnp.sum(counts, 0), 1)
-        gradient = self.gradient((delta * pairs.weight) @ v)
+        gradient = self.gradient((delta * feed.pairs.weight) @ v)
         return Part(gradient, problems, mean_loss(loss, counts), nonfinite(record))
