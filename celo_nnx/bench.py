@@ -93,8 +93,31 @@ def _optimizers(
     return made
 
 
+def suite_shapes(source: str, overrides: Sequence[str] = ()) -> dict[str, PyTree]:
+    """Returns the abstract parameters of every task of a suite, by task.
+
+    Raises:
+      UserError: an unknown suite, or data of a task that are absent.
+
+    Example:
+      >>> {task: len(jax.tree.leaves(tree)) for task, tree in suite_shapes("smoke").items()}["mlp"]
+      6
+    """
+    from celo_nnx.evaluation.suites import load_suite, task_family
+
+    suite, keys = load_suite(source, overrides), jax.random.split(jax.random.key(0))
+
+    def shapes(name: str) -> PyTree:
+        task = task_family(suite, name).task
+        return jax.eval_shape(lambda: task.init(keys[0], task.sample(keys[1]))[0])
+
+    return {name: shapes(name) for name in suite.tasks}
+
+
 def step(
-    names: Sequence[str] = ("celo2_base", "celo2"), params: int = 10_000_000, peers: Sequence[str] = PEERS
+    names: Sequence[str] = ("celo2_base", "celo2"),
+    params: int | PyTree = 10_000_000,
+    peers: Sequence[str] = PEERS,
 ) -> Iterator[dict[str, Any]]:
     """Times one update of each optimizer, optax.adamw always among them.
 
@@ -103,7 +126,7 @@ def step(
 
     Args:
       names: variants of ``celo_nnx.experiments``.
-      params: number of parameters, in 148 transformer-like tensors.
+      params: number of parameters, in 148 transformer-like tensors; or abstract parameters.
       peers: which of optax's optimizers take part.
 
     Yields:
@@ -111,7 +134,7 @@ def step(
       temp_bytes_per_param`` (XLA's memory analysis), ``state_bytes_per_param, compile_s``.
     """
     table = _optimizers(names, peers)
-    shapes = transformer_shapes(params)
+    shapes = transformer_shapes(params) if isinstance(params, int) else params
     count = sum(x.size for x in jax.tree.leaves(shapes))
     cells = {name: _StepCell(make(), shapes) for name, make in table.items()}
     for _ in range(REPEATS):

@@ -136,9 +136,14 @@ def _bench_step(args: argparse.Namespace) -> int:
     from celo_nnx import bench
 
     named = {"names": args.optimizer} if args.optimizer else {}
-    for params in args.params:
+    if args.suite and args.params:
+        raise UserError("--params and --suite are two ways to say which models: give one of them")
+    models = [({}, params) for params in args.params or [10_000_000]]
+    if args.suite:
+        models = [({"task": task}, tree) for task, tree in bench.suite_shapes(args.suite).items()]
+    for told, params in models:
         for row in bench.step(**named, params=params, peers=args.peer or bench.PEERS):
-            print(json.dumps(row), flush=True)
+            print(json.dumps(told | row), flush=True)
     return 0
 
 
@@ -360,6 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         _bench_step,
         "time an optimizer step, beside optax.adamw and optax.contrib.muon",
         "bench step --optimizer celo2_base --params 1000000 10000000 --peer optax.adamw",
+        "bench step --suite smoke",
         into=kinds,
     )
     sub.add_argument("--optimizer", nargs="+", action="extend", default=[], metavar="NAME", help="variants")
@@ -367,10 +373,11 @@ def _parser() -> argparse.ArgumentParser:
         "--params",
         type=int,
         nargs="+",
-        default=[10_000_000],
+        default=[],
         metavar="N",
         help="parameters, of one or several models (default 10 million)",
     )
+    sub.add_argument("--suite", metavar="SUITE", help="instead: the models of a suite's tasks")
     text = "optax's optimizers beside them (default both; optax.adamw always)"
     sub.add_argument("--peer", nargs="+", action="extend", default=[], metavar="NAME", help=text)
     command(

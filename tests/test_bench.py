@@ -160,3 +160,14 @@ def test_families_that_a_setting_varies_over():
     assert [family.name for family in families] == ["digits:hidden=4", "digits:hidden=8"]
     assert [family.task.hidden for family in families] == [(4,), (8,)]
     assert families[0].task.features == 3 * 64
+
+
+def test_steps_of_a_suites_models(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    models = bench.suite_shapes("smoke")
+    assert list(models) == ["conv", "mlp", "text"]
+    (row,) = bench.step((), models["mlp"], ())
+    assert row["optimizer"] == "optax.adamw"
+    assert row["params"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
+    assert cli.main(["bench", "step", "--suite", "smoke", "--params", "1000000"]) == 2
+    assert "give one of them" in capsys.readouterr().err
