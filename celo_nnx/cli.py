@@ -36,8 +36,8 @@ def _describe(args: argparse.Namespace) -> int:
     from celo_nnx import dead, description, diagram, model_file
     from celo_nnx.build import build
     from celo_nnx.config import load
+    from celo_nnx.files import refuse_existing, told, write_new
     from celo_nnx.pretrained.convert import first_theta
-    from celo_nnx.pretrained.files import refuse_existing, told, write_new
 
     if args.svg:
         with told(args.svg):

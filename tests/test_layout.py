@@ -51,7 +51,6 @@ ALLOWED = {
         "diagram",
         "evaluation",
         "meta",
-        "pretrained",
         "run_files",
         "run_folder",
         "series",
