@@ -169,23 +169,20 @@ def sensitivity_figure(methods: Sequence[Method]) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for i, method in enumerate(methods):
-        color, line = style(i)
-        tuned = method.tuned
-        axes.plot(
-            tuned.learning_rates,
-            positive(tuned.medians),
-            color=color,
-            linestyle=line,
-            label=legible(method.name),
-        )
-        grid = np.broadcast_to(tuned.learning_rates[:, None], tuned.final.shape)
-        axes.plot(
-            grid.ravel(), positive(tuned.final).ravel(), ".", color=color, alpha=0.55, markersize=5, mew=0
-        )
-        ring = dict(markersize=9, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.6)
-        axes.plot([tuned.learning_rate], positive(np.array([tuned.median])), "o", **ring)
+        draw_rates(axes, method.tuned, method.name, i)
     legend_above(axes)
     return figure
+
+
+def draw_rates(axes: Axes, tuned: Tuned, name: str, i: int) -> None:
+    """Draws final losses against learning rates as the ``i``-th of a picture."""
+    color, line = style(i)
+    rates, label = tuned.learning_rates, legible(name)
+    axes.plot(rates, positive(tuned.medians), color=color, linestyle=line, label=label)
+    grid = np.broadcast_to(rates[:, None], tuned.final.shape)
+    axes.plot(grid.ravel(), positive(tuned.final).ravel(), ".", color=color, alpha=0.55, markersize=5, mew=0)
+    ring = dict(markersize=9, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.6)
+    axes.plot([tuned.learning_rate], positive(np.array([tuned.median])), "o", **ring)
 
 
 def to_svg(figure: Figure, name: str, *, standalone: bool = False) -> str:
