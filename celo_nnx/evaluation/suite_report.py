@@ -94,7 +94,9 @@ def html(results: Results, ranking: Sequence[Standing]) -> str:
         skipped=[(name, printable(reason)) for name, reason in results.evaluation.skipped.items()],
         missing=missing,
         suite=suite,
-        optimizers=[(o["label"], printable(o["about"])) for o in results.evaluation.optimizers],
+        optimizers=[
+            (o["label"], printable(o["about"]) if o["about"] else "") for o in results.evaluation.optimizers
+        ],
         notes={e.note for standing in ranking for e in standing.score.values() if e.note},
         rows=[score_row(standing) for standing in ranking],
         figures=figures(results, ranking),

@@ -28,15 +28,19 @@ def verdict(results: Results, ranking: Sequence[Standing]) -> list[str]:
         return [f"{over}, adam alone was evaluated; all are scored against it, so its scores are 1."]
     best = others[0]
     fastest = max(others, key=lambda standing: standing.speedup["iqm"].value)
-    among = "" if len(others) == 1 else " the highest of all,"
     score, speedup = best.score["iqm"], fastest.speedup["iqm"]
     of_losses = against(best.label, score, "ends at lower losses", "ends at higher losses")
     of_steps = against(fastest.label, speedup, "needs fewer steps", "needs more steps")
+    words = interval(score), interval(speedup, fastest.bounded)
+    if len(others) == 1:
+        which = f"{best.label} has a final-loss score of {words[0]}", f"Its speedup is {words[1]}"
+    else:
+        highest = f"{best.label} has the highest final-loss score of {len(others)} optimizers besides Adam"
+        which = f"{highest}, {words[0]}", f"The largest speedup is that of {fastest.label}, {words[1]}"
+    own = next(standing for standing in ranking if standing.label == ADAM).speedup["iqm"].value
     return [
-        f"{over}, {best.label} has a final-loss score of {interval(score)},{among} where tuned Adam has 1. "
-        f"{of_losses}",
-        f"{fastest.label} has a speedup of {interval(speedup, fastest.bounded)} over tuned "
-        f"Adam{among.rstrip(',')}. {of_steps}",
+        f"{over}, {which[0]}; tuned Adam has 1. {of_losses}",
+        f"{which[1]}; Adam's own is {shown(own)}. {of_steps}",
     ]
 
 
