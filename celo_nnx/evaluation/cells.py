@@ -323,5 +323,5 @@ def _check(cell: Cell, where: str) -> None:
 def _json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from error

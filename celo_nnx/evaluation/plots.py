@@ -22,6 +22,9 @@ COLORS = ("#2f7de1", "#14a37f", "#e8762c", "#9460d8", "#d6407f", "#0f9fb5", "#a8
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (9, 2)))
 INK = "#010203"  # stands for the page's text colour; becomes currentColor in an inline figure
 PAPER_INK = "#24292f"
+# What matplotlib numbers in the ids of every figure from 1 on.
+GROUPS = ("figure", "axes", "patch", "line2d", "text", "matplotlib.axis", "legend", "xtick", "ytick")
+GROUPS += ("FillBetweenPolyCollection",)
 SMOOTHED = 0.05  # the part of a run over which training losses are averaged for the eye
 
 
@@ -207,7 +210,7 @@ def to_svg(figure: Figure, name: str, *, standalone: bool = False) -> str:
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     text = file.getvalue().replace(INK, PAPER_INK if standalone else "currentColor")
-    for kind in ("figure", "axes", "patch", "line2d", "text", "matplotlib.axis", "legend", "xtick", "ytick"):
+    for kind in GROUPS:
         text = text.replace(f'id="{kind}_', f'id="{name}-{kind}_')
     return text if standalone else text[text.index("<svg") :]
 

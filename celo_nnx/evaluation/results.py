@@ -80,7 +80,7 @@ def write_evaluation(folder: Path | str, evaluation: Evaluation) -> Path:
     value = dataclasses.asdict(evaluation)
     try:
         json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     _check(value, str(path))
     try:
