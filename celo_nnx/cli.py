@@ -36,8 +36,8 @@ def _describe(args: argparse.Namespace) -> int:
     from celo_nnx import dead, description, diagram, model_file
     from celo_nnx.build import build
     from celo_nnx.config import load
+    from celo_nnx.files import refuse_existing, told, write_new
     from celo_nnx.pretrained.convert import first_theta
-    from celo_nnx.pretrained.files import refuse_existing, told, write_new
 
     if args.svg:
         with told(args.svg):
@@ -90,8 +90,12 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from celo_nnx.run_report import write
+    from celo_nnx.evaluation import results
 
+    if os.path.exists(os.path.join(args.run_dir, results.FILE_NAME)):
+        from celo_nnx.evaluation.suite_report import write
+    else:
+        from celo_nnx.run_report import write
     print(f"report: {write(args.run_dir, args.out)}")
     return 0
 
@@ -260,14 +264,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "report",
         _report,
-        "one HTML file on a meta-training run, under way or over: what ran, curves, time, how to use theta",
+        "one HTML file on a meta-training run or an evaluation, under way or over: what ran, curves, time, "
+        "and how to use theta, or scores, with CSV files beside it",
         "report runs/a",
         "report runs/a --out a.html",
+        "report runs/smoke    # report.html, scores.csv and summary.csv",
     )
-    sub.add_argument("run_dir", metavar="RUN_DIR", help="a run folder of train")
-    sub.add_argument(
-        "--out", metavar="FILE", help="a new file (default RUN_DIR/report.html, which is renewed)"
-    )
+    sub.add_argument("run_dir", metavar="DIR", help="a run folder of train, or the folder of evaluate")
+    sub.add_argument("--out", metavar="FILE", help="a new file (default DIR/report.html, which is renewed)")
 
     sub = command(
         "evaluate",

@@ -1,15 +1,27 @@
-"""Files as data: JSON read within limits, and files that are whole or not there."""
+"""Files as data: JSON read within limits, files that are whole or not there, nothing overwritten."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from celo_nnx.errors import UserError
 
 LARGEST = 64 * 2**20  # bytes of a JSON file
+
+
+@contextlib.contextmanager
+def told(path: object) -> Iterator[None]:
+    """Turns what the system says of a path (no permission, name too long, disk full) into one line."""
+    try:
+        yield
+    except OSError as error:
+        text = error.strerror or type(error).__name__
+        raise UserError(f"{str(path)[:200]} cannot be read or written: {text}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -37,3 +49,29 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises a :class:`UserError` where a file would be overwritten or has no folder to lie in."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists; name a new file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"no folder {path.parent} for {path.name}")
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Writes a file that did not exist, whole: it appears under its name when all bytes are on disk.
+
+    Raises:
+      UserError: the file exists, or its folder does not.
+    """
+    refuse_existing(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -26,14 +26,13 @@ from celo_nnx.diagram import draw
 from celo_nnx.errors import UserError, printable
 from celo_nnx.evaluation import page, plots
 from celo_nnx.evaluation.plots import Line
+from celo_nnx.files import told
 from celo_nnx.meta.runlog import clock
-from celo_nnx.pretrained.files import refuse_existing, told
 from celo_nnx.run_files import flat, resolve
 from celo_nnx.run_folder import RunFolder, Start
 from celo_nnx.series import SHARE, WINDOW, even, extremes, mean, running_mean
 
 FILE_NAME = "report.html"
-MARK = b'content="celo-nnx report"'  # tells a report of ours, which may be replaced
 POINTS = 1000  # of a curve
 FAMILIES = 12  # curves of families in one picture
 SPANS = 12  # rows of the course as numbers
@@ -63,21 +62,13 @@ def write(run_dir: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     default = run.path / FILE_NAME
     path = default if out is None else Path(out)
     with told(path):
-        if not (path.absolute() == default.absolute() and _ours(path)):
-            refuse_existing(path)
+        page.refuse_foreign(path, default)
     try:
         text = html(run)
     except RecursionError:
         raise UserError(f"{run.path / 'config.json'} is nested too deeply to be shown") from None
     with told(path):
         return page.write(path, text)
-
-
-def _ours(path: Path) -> bool:
-    if not path.is_file() or path.is_symlink():
-        return False
-    with open(path, "rb") as file:
-        return MARK in file.read(1000)
 
 
 def html(run: RunFolder, now: float | None = None) -> str:

@@ -63,7 +63,6 @@ ALLOWED = {
         "diagram",
         "evaluation",
         "meta",
-        "pretrained",
         "run_files",
         "run_folder",
         "series",

@@ -21,7 +21,7 @@ from celo_nnx.cli import main
 from celo_nnx.config import load
 from celo_nnx.description import describe
 from celo_nnx.errors import UserError
-from celo_nnx.evaluation import plots
+from celo_nnx.evaluation import page, plots
 from celo_nnx.run_folder import RunFolder
 from celo_nnx.theta_io import load_theta
 
@@ -272,7 +272,7 @@ def test_what_may_be_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert words in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert default.read_text() == "mine"
     out = tmp_path / "new.html"
-    assert main(["report", str(folder), "--out", str(out)]) == 0 and run_report.MARK in out.read_bytes()
+    assert main(["report", str(folder), "--out", str(out)]) == 0 and page.MARK in out.read_bytes()
     with pytest.raises(UserError, match="new.html exists"):
         run_report.write(folder, out)
     default.unlink()

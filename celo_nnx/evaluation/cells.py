@@ -253,7 +253,7 @@ def _array(data: bytes, shape: tuple[int, ...]) -> np.ndarray:
 
 def _parse(line: bytes, where: str) -> Cell:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: the file was altered") from error
     names = {field.name for field in dataclasses.fields(Cell)}
@@ -269,6 +269,11 @@ def _parse(line: bytes, where: str) -> Cell:
     return cell
 
 
+def _refuse(constant: str) -> None:
+    """JSON has no NaN and no Infinity, though Python reads them."""
+    raise ValueError(constant)
+
+
 def _check(cell: Cell, where: str) -> None:
     """Checks every field's type and that they fit each other."""
 
@@ -276,7 +281,8 @@ def _check(cell: Cell, where: str) -> None:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value < below
 
     def number(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # JSON's integers may be too large for a float.
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
     def table(value: object, good: Any) -> bool:
         return isinstance(value, dict) and all(isinstance(k, str) and good(v) for k, v in value.items())
@@ -316,5 +322,5 @@ def _check(cell: Cell, where: str) -> None:
 def _json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from error

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,14 +18,13 @@ from matplotlib.ticker import MaxNLocator
 from celo_nnx.evaluation.curves import Tuned
 
 # Told apart by line style as well as by colour, and dark enough for white, light enough for black.
-STYLES = (
-    ("#2f7de1", "-"),
-    ("#14a37f", (0, (5, 1.5))),
-    ("#e8762c", (0, (1, 1))),
-    ("#9460d8", (0, (4, 1, 1, 1))),
-)
+COLORS = ("#2f7de1", "#14a37f", "#e8762c", "#9460d8", "#d6407f", "#0f9fb5", "#a8842c", "#7d8794")
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (9, 2)))
 INK = "#010203"  # stands for the page's text colour; becomes currentColor in an inline figure
 PAPER_INK = "#24292f"
+# What matplotlib numbers in the ids of every figure from 1 on.
+GROUPS = ("figure", "axes", "patch", "line2d", "text", "matplotlib.axis", "legend", "xtick", "ytick")
+GROUPS += ("FillBetweenPolyCollection",)
 SMOOTHED = 0.05  # the part of a run over which training losses are averaged for the eye
 
 
@@ -78,14 +78,14 @@ class Line:
 
 def meta_figure(curve: MetaCurve) -> Figure:
     """The meta-loss with its running median, and the interruptions."""
-    figure, axes = _axes("meta-iteration", "meta-loss")
+    figure, axes = labelled_axes("meta-iteration", "meta-loss")
     losses = np.where(np.isfinite(curve.losses), curve.losses, np.nan)
     window = max(1, len(losses) // 25)
-    axes.plot(curve.iterations, losses, color=STYLES[0][0], alpha=0.3, linewidth=0.7)
+    axes.plot(curve.iterations, losses, color=COLORS[0], alpha=0.3, linewidth=0.7)
     label = f"median of {window} iterations"
-    axes.plot(curve.iterations, _running(losses, window, np.nanmedian), color=STYLES[0][0], label=label)
+    axes.plot(curve.iterations, _running(losses, window, np.nanmedian), color=COLORS[0], label=label)
     _events(axes, curve.events, curve.iterations[-1] if len(losses) else 0)
-    _legend(axes)
+    legend_above(axes)
     return figure
 
 
@@ -99,32 +99,31 @@ def course_figure(lines: Sequence[Line], y: str, events: Sequence[tuple[int, str
       y: the axis' label.
       events: (iteration, what happened) pairs.
     """
-    figure, axes = _axes("meta-iteration", y)
+    figure, axes = labelled_axes("meta-iteration", y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     named = 0
     shown = []
     for line in lines:
-        color, style = STYLES[named % len(STYLES)][0], STYLES[(named + named // len(STYLES)) % len(STYLES)][1]
+        color, dashes = style(named)
         values = np.where(np.isfinite(line.y), line.y, np.nan)
         known = values[np.isfinite(values)]
         if line.faint:
             axes.plot(line.x, values, color=color, alpha=0.3, linewidth=0.7)
             known = np.percentile(known, (1, 99)) if len(known) else known
         else:
-            # A name that begins with an underscore would be none for the legend.
-            label = f"\u200b{line.name}" if line.name.startswith("_") else line.name
-            axes.plot(line.x, values, color=color, linestyle=style, label=label)
+            label = legible(line.name)
+            axes.plot(line.x, values, color=color, linestyle=dashes, label=label)
             named += 1
         shown.append(known)
-    _limit(axes, np.concatenate(shown) if shown else np.array([]))
+    fit_y(axes, np.concatenate(shown) if shown else np.array([]))
     _events(axes, events, max((line.x[-1] for line in lines if len(line.x)), default=0))
     if named > 1 or any(line.faint for line in lines):
-        _legend(axes)
+        legend_above(axes)
     return figure
 
 
-def _limit(axes: Axes, values: np.ndarray) -> None:
+def fit_y(axes: Axes, values: np.ndarray) -> None:
     """Fits the y axis to values, with a margin."""
     if not len(values):
         return
@@ -142,7 +141,7 @@ def _limit(axes: Axes, values: np.ndarray) -> None:
 def _events(axes: Axes, events: Sequence[tuple[int, str]], end: float) -> None:
     """Marks events with dashed lines and their words, one below the other."""
     for i, (iteration, what) in enumerate(events):
-        axes.axvline(iteration, color=STYLES[2][0], linewidth=1.2, linestyle=(0, (3, 2)))
+        axes.axvline(iteration, color=COLORS[2], linewidth=1.2, linestyle=(0, (3, 2)))
         place = dict(xy=(iteration, 0.97 - 0.09 * i), xycoords=("data", "axes fraction"))
         offset, side = ((-5, 0), "right") if iteration > 0.6 * end else ((5, 0), "left")
         place |= dict(xytext=offset, textcoords="offset points", ha=side, va="top", fontsize=9)
@@ -151,39 +150,42 @@ def _events(axes: Axes, events: Sequence[tuple[int, str]], end: float) -> None:
 
 def training_figure(methods: Sequence[Method]) -> Figure:
     """Training loss at each method's best learning rate: the median seed, and the range of all seeds."""
-    figure, axes = _axes("step", "training loss")
+    figure, axes = labelled_axes("step", "training loss")
     axes.set_yscale("log")
-    for method, (color, line) in zip(methods, _styles(methods), strict=True):
+    for i, method in enumerate(methods):
+        color, line = style(i)
         losses = method.losses[method.tuned.best].astype(np.float64)
         window = max(1, round(losses.shape[-1] * SMOOTHED))
         smooth = np.stack([_running(row, window, np.mean) for row in losses])
         steps = np.arange(1, losses.shape[-1] + 1)
         alive = np.where(np.isfinite(smooth), smooth, np.nan)
-        label = f"{method.name} (lr {method.tuned.learning_rate:.2g})"
-        axes.plot(steps, _finite(np.median(smooth, axis=0)), color=color, linestyle=line, label=label)
+        label = legible(f"{method.name} (lr {method.tuned.learning_rate:.2g})")
+        axes.plot(steps, positive(np.median(smooth, axis=0)), color=color, linestyle=line, label=label)
         axes.fill_between(steps, alive.min(axis=0), alive.max(axis=0), color=color, alpha=0.16, linewidth=0)
-    _legend(axes)
+    legend_above(axes)
     return figure
 
 
 def sensitivity_figure(methods: Sequence[Method]) -> Figure:
     """Final loss against learning rate: medians as lines, seeds as points, the best ringed."""
-    figure, axes = _axes("learning rate", "final training loss")
+    figure, axes = labelled_axes("learning rate", "final training loss")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for method, (color, line) in zip(methods, _styles(methods), strict=True):
-        tuned = method.tuned
-        axes.plot(
-            tuned.learning_rates, _finite(tuned.medians), color=color, linestyle=line, label=method.name
-        )
-        grid = np.broadcast_to(tuned.learning_rates[:, None], tuned.final.shape)
-        axes.plot(
-            grid.ravel(), _finite(tuned.final).ravel(), ".", color=color, alpha=0.55, markersize=5, mew=0
-        )
-        ring = dict(markersize=9, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.6)
-        axes.plot([tuned.learning_rate], _finite(np.array([tuned.median])), "o", **ring)
-    _legend(axes)
+    for i, method in enumerate(methods):
+        draw_rates(axes, method.tuned, method.name, i)
+    legend_above(axes)
     return figure
+
+
+def draw_rates(axes: Axes, tuned: Tuned, name: str, i: int) -> None:
+    """Draws final losses against learning rates as the ``i``-th of a picture."""
+    color, line = style(i)
+    rates, label = tuned.learning_rates, legible(name)
+    axes.plot(rates, positive(tuned.medians), color=color, linestyle=line, label=label)
+    grid = np.broadcast_to(rates[:, None], tuned.final.shape)
+    axes.plot(grid.ravel(), positive(tuned.final).ravel(), ".", color=color, alpha=0.55, markersize=5, mew=0)
+    ring = dict(markersize=9, markerfacecolor="none", markeredgecolor=color, markeredgewidth=1.6)
+    axes.plot([tuned.learning_rate], positive(np.array([tuned.median])), "o", **ring)
 
 
 def to_svg(figure: Figure, name: str, *, standalone: bool = False) -> str:
@@ -208,15 +210,21 @@ def to_svg(figure: Figure, name: str, *, standalone: bool = False) -> str:
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     text = file.getvalue().replace(INK, PAPER_INK if standalone else "currentColor")
-    for kind in ("figure", "axes", "patch", "line2d", "text", "matplotlib.axis", "legend", "xtick", "ytick"):
+    for kind in GROUPS:
         text = text.replace(f'id="{kind}_', f'id="{name}-{kind}_')
     return text if standalone else text[text.index("<svg") :]
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+def labelled_axes(x: str, y: str, height: float = 3.7) -> tuple[Figure, Axes]:
     """An empty figure with labelled axes, drawn in the placeholder ink."""
-    figure = Figure(figsize=(7.2, 3.7), layout="constrained")
+    figure = Figure(figsize=(7.2, height), layout="constrained")
     axes = figure.subplots()
+    label_axes(axes, x, y)
+    return figure, axes
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    """Labels axes and draws them in the placeholder ink."""
     axes.set_facecolor("none")
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
@@ -225,16 +233,15 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
-    return figure, axes
 
 
-def _legend(axes: Axes) -> None:
+def legend_above(axes: Axes, columns: int = 2) -> None:
     """A legend above the axes, where it hides no data."""
     entries = axes.get_legend_handles_labels()[1]
     legend = axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
-        ncols=min(2, max(1, len(entries))),
+        ncols=min(columns, max(1, len(entries))),
         frameon=False,
         labelcolor=INK,
         fontsize=9,
@@ -244,12 +251,22 @@ def _legend(axes: Axes) -> None:
         text.set_parse_math(False)  # names are names, dollar signs too
 
 
-def _styles(methods: Sequence[Method]) -> list[tuple]:
-    """A (colour, line style) for every method."""
-    return [STYLES[i % len(STYLES)] for i in range(len(methods))]
+def style(i: int) -> tuple[str, Any]:
+    """The (colour, dashes) of the ``i``-th line of a picture; the first 40 differ.
+
+    Example:
+      >>> len({style(i) for i in range(40)}), style(0)
+      (40, ('#2f7de1', '-'))
+    """
+    return COLORS[i % len(COLORS)], DASHES[(i + i // len(COLORS)) % len(DASHES)]
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def legible(name: str) -> str:
+    """A name as a legend takes it: one that begins with an underscore would be none."""
+    return f"\u200b{name}" if name.startswith("_") else name
+
+
+def positive(values: np.ndarray) -> np.ndarray:
     """NaN, which matplotlib leaves out, wherever a value is not finite or not positive."""
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 

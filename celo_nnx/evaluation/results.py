@@ -1,7 +1,7 @@
-"""What an evaluation's folder says: the suite, the optimizers, their losses and scores. Needs no JAX itself.
+"""What an evaluation's folder says: the suite, the optimizers, their losses and scores. Uses no device.
 
-``evaluation.json`` is read as data: sizes, names and types are checked, and whatever it holds, what is wrong
-is told in one line.
+``evaluation.json`` and the cells are read as data: sizes, names and types are checked, and whatever they
+hold, what is wrong is told in one line. An evaluation may be under way. Curves are read one task at a time.
 """
 
 from __future__ import annotations
@@ -11,10 +11,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from celo_nnx.errors import UserError
-from celo_nnx.files import read_json, write_json
+from celo_nnx.evaluation import scores
+from celo_nnx.evaluation.cells import FILE_NAME as CELLS_NAME
+from celo_nnx.evaluation.cells import Cell, Cells
+from celo_nnx.evaluation.curves import Tuned, choose
+from celo_nnx.files import read_json, told, write_json
 
 FILE_NAME = "evaluation.json"
+ADAM = "adam"  # the label that all are scored against
+LENGTHS = (1, 2, scores.LONGEST)  # of Adam's runs, in K steps
+NOT_YET = "not yet run"
+POINTS = 240  # of a smoothed curve that is kept
 MOST = 4096  # optimizers and tasks of an evaluation
 
 
@@ -70,7 +80,7 @@ def write_evaluation(folder: Path | str, evaluation: Evaluation) -> Path:
     value = dataclasses.asdict(evaluation)
     try:
         json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     _check(value, str(path))
     try:
@@ -150,3 +160,202 @@ def _short(value: Any) -> str:
         return ascii(value)[:200]
     except RecursionError:
         return "(too deeply nested)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """An optimizer's runs on a task at one learning rate.
+
+    Attributes:
+      learning_rate: the one that was chosen.
+      final: final training losses as :func:`~celo_nnx.evaluation.scores.final_loss`, ``[n_seeds]``.
+      held_out: by set, its loss at the end, ``[n_seeds]``.
+    """
+
+    learning_rate: float
+    final: np.ndarray
+    held_out: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An optimizer on a task; losses of diverged runs are ``inf``.
+
+    Attributes:
+      cell: what was run.
+      tuned: final losses at every learning rate, and the choice by them.
+      training: the runs at the learning rate that training losses choose.
+      validation: those at the one that validation losses choose; None without such a set.
+      at: steps of the kept points, ``[points]``.
+      course: smoothed training losses there, at the learning rate chosen by training, ``[n_seeds, points]``.
+      score: final-loss scores of ``training``, ``[n_seeds]``; None where there are none.
+      speedup: its speedups, ``[n_seeds]``; None without Adam.
+      at_least: whether each speedup is only a lower bound, ``[n_seeds]``.
+    """
+
+    cell: Cell
+    tuned: Tuned
+    training: Choice
+    validation: Choice | None
+    at: np.ndarray
+    course: np.ndarray
+    score: np.ndarray | None = None
+    speedup: np.ndarray | None = None
+    at_least: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """What is known of a task.
+
+    Attributes:
+      name: in the suite.
+      floor: the least loss, None where unknown.
+      cap: the largest speedup that Adam's runs can show, 0 without them.
+      entries: by label, of the optimizers that have run, in the evaluation's order.
+      longer: Adam's longer runs.
+      note: empty, or why there are no final-loss scores although Adam has run.
+    """
+
+    name: str
+    floor: float | None
+    cap: float
+    entries: dict[str, Entry]
+    longer: tuple[Cell, ...]
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a folder holds.
+
+    Attributes:
+      folder: where it lies.
+      evaluation: what is evaluated.
+      tasks: all that are not skipped, whether or not something has run on them.
+      strays: how many cells belong to none of them, such as those of optimizers that are no longer listed.
+    """
+
+    folder: Path
+    evaluation: Evaluation
+    tasks: tuple[TaskResult, ...]
+    strays: int
+
+    def missing(self) -> dict[str, str]:
+        """Returns what keeps a task out of the aggregates, by its name: runs to be done, or no scores."""
+        labels, out = self.evaluation.labels, {}
+        cap = max((task.cap for task in self.tasks), default=0.0)
+        for task in self.tasks:
+            absent = [label for label in labels if label not in task.entries]
+            if absent:
+                out[task.name] = f"{NOT_YET}: {', '.join(absent)}"
+            elif ADAM in labels and task.cap < cap:
+                out[task.name] = f"{NOT_YET}: adam's longer runs"
+            elif task.note:
+                out[task.name] = task.note
+        return out
+
+    def finished(self) -> tuple[TaskResult, ...]:
+        """Returns the tasks that all optimizers have finished, over which is aggregated."""
+        missing = self.missing()
+        return tuple(task for task in self.tasks if task.name not in missing)
+
+    def matrix(self, label: str, what: str) -> np.ndarray:
+        """Returns a field of :class:`Entry` over the finished tasks, ``[n_seeds, n_tasks]``."""
+        return np.stack([getattr(task.entries[label], what) for task in self.finished()], axis=1)
+
+
+def load_results(folder: Path | str) -> Results:
+    """Reads an evaluation's folder, whose evaluation may be under way, and computes all scores.
+
+    Args:
+      folder: of ``celo-nnx evaluate``; nothing is written to it.
+
+    Returns:
+      Losses, learning rates and scores; without cells of Adam, no scores.
+
+    Raises:
+      UserError: the folder is none of an evaluation, a file is damaged, or a cell does not belong to it.
+
+    Example:
+      >>> load_results("runs/smoke").matrix("celo2", "score").shape  # doctest: +SKIP
+      (3, 3)
+    """
+    evaluation = read_evaluation(folder)
+    path = Path(folder) / CELLS_NAME
+    with told(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a file")
+        cells = Cells(folder)
+    table = _table(cells, evaluation)
+    tasks = tuple(_task(cells, evaluation, name, table) for name in evaluation.tasks)
+    return Results(Path(folder), evaluation, tasks, len(cells) - len(table))
+
+
+_Table = dict[tuple[str, str, int], Cell]
+
+
+def _table(cells: Cells, evaluation: Evaluation) -> _Table:
+    """The cells that belong to the evaluation, by task, label and steps."""
+    suite, table = evaluation.suite, {}
+    steps, seeds = suite["steps"], tuple(suite["seeds"])
+    for cell in cells:
+        lengths = {n * steps for n in LENGTHS} if cell.optimizer == ADAM else {steps}
+        known = cell.task in evaluation.tasks and cell.optimizer in evaluation.labels
+        if not known or cell.steps not in lengths:
+            continue
+        where = f"{cells.path}: the cell of {ascii(cell.optimizer)} on {ascii(cell.task)}"
+        if (cell.schedule, cell.seeds) != (suite["schedule"], seeds):
+            raise UserError(f"{where} has a schedule or seeds other than those of {FILE_NAME}")
+        key = (cell.task, cell.optimizer, cell.steps)
+        if key in table:
+            raise UserError(f"{where} with {cell.steps} steps is there twice, with different configs")
+        table[key] = cell
+    return table
+
+
+def _task(cells: Cells, evaluation: Evaluation, name: str, table: _Table) -> TaskResult:
+    steps = evaluation.suite["steps"]
+    own = {label: table[name, label, steps] for label in evaluation.labels if (name, label, steps) in table}
+    longer = [table[name, ADAM, n * steps] for n in LENGTHS[1:] if (name, ADAM, n * steps) in table]
+    floors = {cell.floor for cell in own.values()}
+    if len(floors) > 1:
+        raise UserError(f"{cells.path}: the cells of {ascii(name)} have different floors: {floors}")
+    floor = floors.pop() if floors else None
+    entries = {label: _entry(cells, cell) for label, cell in own.items()}
+    if ADAM not in entries:
+        return TaskResult(name, floor, 0.0, entries, tuple(longer), "")
+    runs = [cells.curves(cell).losses for cell in (own[ADAM], *longer)]
+    envelope = scores.envelope(runs, steps)
+    adam, note = entries[ADAM].training.final, ""
+    for label, entry in entries.items():
+        speedup, at_least = scores.speedup(entry.training.final, envelope, steps)
+        try:
+            score = scores.final_loss_score(adam, entry.training.final, floor)
+        except UserError as error:
+            score, note = None, str(error)
+        entries[label] = dataclasses.replace(entry, score=score, speedup=speedup, at_least=at_least)
+    return TaskResult(name, floor, len(envelope) / steps, entries, tuple(longer), note)
+
+
+def _entry(cells: Cells, cell: Cell) -> Entry:
+    """The losses of a cell, without scores; its choices must be those that its curves make."""
+    curves = cells.curves(cell)
+    smoothed = scores.smooth(curves.losses)
+    tuned = choose(smoothed[..., -1], cell.learning_rates)
+    ends = {name: value[..., -1] for name, value in curves.held_out.items()}
+    last = {name: np.where(np.isfinite(end), end, np.float32(np.inf)) for name, end in ends.items()}
+    other = choose(last["validation"], cell.learning_rates).best if "validation" in last else None
+    if (tuned.best, other) != (cell.training, cell.validation):
+        raise UserError(
+            f"{cells.path} is damaged: the curves of {ascii(cell.optimizer)} on {ascii(cell.task)} choose "
+            "learning rates other than the cell's"
+        )
+
+    def choice(best: int) -> Choice:
+        held_out = {name: value[best] for name, value in last.items()}
+        return Choice(cell.learning_rates[best], tuned.final[best], held_out)
+
+    at = np.unique(np.linspace(0, cell.steps - 1, POINTS).round().astype(int))
+    validation = None if other is None else choice(other)
+    return Entry(cell, tuned, choice(tuned.best), validation, at + 1, smoothed[tuned.best][:, at])

@@ -11,6 +11,7 @@ import numpy as np
 
 from celo_nnx import theta_io
 from celo_nnx.errors import UserError, unknown
+from celo_nnx.files import refuse_existing, told, write_new
 from celo_nnx.meta.checkpoint import canonical
 from celo_nnx.pretrained import files, hub, layouts, messagepack, pylo
 
@@ -147,7 +148,7 @@ def first_theta(theta_init: Any, optimizer: Mapping[str, Any]) -> dict[str, Any]
         return section
     names = optimizer["features"]["groups"]
     try:
-        with files.told("the file"):
+        with told("the file"):
             data = files.read_bytes(path)
             own = files.is_safetensors(path, data) and _is_own(path)
         if not own:
@@ -181,10 +182,10 @@ def import_weights(
       UserError: unreadable, damaged, foreign, or not the theta of that variant; one line.
     """
     out, wanted, overrides = Path(out), _layout(variant), list(overrides)
-    with files.told(out):
-        files.refuse_existing(out)
+    with told(out):
+        refuse_existing(out)
     config = _preset(variant, overrides) if variant else None
-    with files.told(source):
+    with told(source):
         path, name = _locate(source)
 
     def groups(layout: str) -> list[str]:
@@ -193,7 +194,7 @@ def import_weights(
         return [group for group in layouts.GROUPS if group in names]
 
     try:
-        with files.told("the file"):
+        with told("the file"):
             data = files.read_bytes(path)
         layout, theta, note = read(path, data, wanted, groups)
     except UserError as error:
@@ -208,7 +209,7 @@ def import_weights(
     metadata = {"variant": variant, "layout": layout, "source": name, "source_sha256": files.sha256(data)}
     if config is not None:
         metadata["config"] = canonical({"optimizer": config})
-    with files.told(out):
+    with told(out):
         theta_io.save_theta(out, theta, metadata)
     row = {"theta": str(out), "variant": variant, "layout": layout, "leaves": len(flat)}
     row |= {"meta_parameters": sum(x.size for x in flat.values()), "source": name}
@@ -236,9 +237,9 @@ def export_weights(
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     out, wanted = Path(out), _layout(variant)
-    with files.told(out):
-        files.refuse_existing(out)
-    with files.told(theta):
+    with told(out):
+        refuse_existing(out)
+    with told(theta):
         own, header = theta_io.load_theta(theta), theta_io.read_metadata(theta)
     flat = layouts.flatten(own)
     variant = variant or header.get("variant")
@@ -257,8 +258,8 @@ def export_weights(
             data = files.safetensors_bytes({"/".join(k): v for k, v in published.items()}, about)
     except UserError as error:
         raise UserError(f"{theta}: {error}") from None
-    with files.told(out):
-        files.write_new(out, data)
+    with told(out):
+        write_new(out, data)
     row = {"file": str(out), "format": format, "layout": layout, "leaves": len(published)}
     return row | {"bytes": len(data), "sha256": files.sha256(data)}
 

@@ -1,11 +1,9 @@
-"""Files of weights as data: size and kind first, pickles never, nothing overwritten."""
+"""Files of weights as data: size and kind first, pickles never."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +16,6 @@ SUFFIXES = (".safetensors", ".state")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _MAGIC = (b"PK\x03\x04", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6)))
 _DIGEST = "celo_nnx_digest"
-
-
-@contextlib.contextmanager
-def told(path: object) -> Iterator[None]:
-    """Turns what the system says of a path (no permission, name too long, disk full) into one line."""
-    try:
-        yield
-    except OSError as error:
-        text = error.strerror or type(error).__name__
-        raise UserError(f"{str(path)[:200]} cannot be read or written: {text}") from None
 
 
 def weights_in(folder: Path) -> Path:
@@ -109,29 +97,3 @@ def safetensors_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
     plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     return save(plain, metadata={**metadata, _DIGEST: digest(plain, dict(metadata))})
-
-
-def refuse_existing(path: Path) -> None:
-    """Raises a :class:`UserError` where a file would be overwritten or has no folder to lie in."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} exists; name a new file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"no folder {path.parent} for {path.name}")
-
-
-def write_new(path: Path, data: bytes) -> None:
-    """Writes a file that did not exist, whole: it appears under its name when all bytes are on disk.
-
-    Raises:
-      UserError: the file exists, or its folder does not.
-    """
-    refuse_existing(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
