@@ -103,7 +103,11 @@ def _report(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import dataclasses
 
+    from celo_nnx.evaluation import suite_report
     from celo_nnx.evaluation.evaluate import evaluate
+    from celo_nnx.evaluation.results import load_results
+    from celo_nnx.evaluation.standings import standings
+    from celo_nnx.evaluation.suite_words import table
     from celo_nnx.evaluation.suites import load_suite
 
     suite = load_suite(args.suite, args.overrides)
@@ -114,7 +118,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     named = {"optimizers": optimizers} if optimizers else {}
     outcome = evaluate(suite, folder=args.run_dir, **named, **options)
     row = dataclasses.asdict(outcome) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 1)}
-    print(json.dumps(row))
+    print(json.dumps(row), flush=True)
+    lines = table(standings(load_results(outcome.folder)))
+    if lines:
+        print(
+            "IQM over tasks and seeds, tuned adam = 1, with 95 % intervals:",
+            *lines,
+            sep="\n",
+            file=sys.stderr,
+        )
+    print(f"report: {suite_report.write(outcome.folder)}", file=sys.stderr)
     return 0
 
 

@@ -75,10 +75,21 @@ def state(results: Results, missing: dict[str, str]) -> list[str]:
 
 
 def command(results: Results) -> str:
-    """What goes on with an evaluation, as far as its folder tells."""
-    names = ",".join(results.evaluation.labels)
+    """What goes on with an evaluation, as far as its folder tells: not where thetas came from."""
+    names = ",".join(label for label in results.evaluation.labels if "@" not in label)
     words = ["celo-nnx", "evaluate", results.evaluation.suite["name"], "--optimizers", names]
-    return shlex.join([*words, "--out", str(results.folder)])
+    return shlex.join([*words, "--run-dir", str(results.folder)])
+
+
+def table(ranking: Sequence[Standing]) -> list[str]:
+    """The scores as lines for a terminal, best first; none without scores."""
+    rows = [("", "final loss", "", "speedup", "")]
+    for one in ranking:
+        score, speedup, sign = one.score["iqm"], one.speedup["iqm"], "≥ " if one.bounded else ""
+        rows.append((one.label, shown(score.value), ends(score), sign + shown(speedup.value), ends(speedup)))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    padded = ("  ".join(f"{word:<{n}}" for word, n in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in padded] if ranking else []
 
 
 def middle(values: np.ndarray) -> tuple[str, str]:
