@@ -12,6 +12,7 @@ import pytest
 
 from celo_nnx import cli
 from celo_nnx.config import load
+from celo_nnx.evaluation.suites import load_suite
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -41,6 +42,9 @@ def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) 
     _, command, *rest = shlex.split(line)
     if command == "train":
         load(rest[0], rest[1 : rest.index("--run-dir")])
+    elif command == "evaluate":
+        args = cli._parse([command, *rest])
+        load_suite(args.suite, args.overrides)
     else:
         assert cli.main([command, *rest]) == 0
         assert capsys.readouterr().out
