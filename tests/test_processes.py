@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import toy_run
 
-from celo_nnx import devices, processes, training
+from celo_nnx import devices, lock, processes, training
 from celo_nnx.errors import UserError
-from celo_nnx.meta import checkpoint, lock, runlog
+from celo_nnx.meta import checkpoint, runlog
 from celo_nnx.theta_io import load_theta, read_metadata
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "node1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 import pytest
 
-from celo_nnx import training
+from celo_nnx import lock, training
 from celo_nnx.devices import choose_devices, largest_divisor
 from celo_nnx.errors import UserError
-from celo_nnx.meta import checkpoint, lock, runlog
+from celo_nnx.meta import checkpoint, runlog
 from celo_nnx.theta_io import load_theta, read_metadata, save_theta
 
 
