@@ -11,9 +11,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from celo_nnx.evaluation.curves import Tuned
 
@@ -130,6 +131,7 @@ def fit_y(axes: Axes, values: np.ndarray) -> None:
     low, high = float(values.min()), float(values.max())
     if low > 0 and high >= 10 * low:
         axes.set_yscale("log")
+        plain_numbers(axes.yaxis)
         axes.set_ylim(low / 1.1, high * 1.1)
     else:
         # Differences in the last digits are no course.
@@ -152,6 +154,7 @@ def training_figure(methods: Sequence[Method]) -> Figure:
     """Training loss at each method's best learning rate: the median seed, and the range of all seeds."""
     figure, axes = labelled_axes("step", "training loss")
     axes.set_yscale("log")
+    plain_numbers(axes.yaxis)
     for i, method in enumerate(methods):
         color, line = style(i)
         losses = method.losses[method.tuned.best].astype(np.float64)
@@ -169,12 +172,19 @@ def training_figure(methods: Sequence[Method]) -> Figure:
 def sensitivity_figure(methods: Sequence[Method]) -> Figure:
     """Final loss against learning rate: medians as lines, seeds as points, the best ringed."""
     figure, axes = labelled_axes("learning rate", "final training loss")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    rates_scales(axes)
     for i, method in enumerate(methods):
         draw_rates(axes, method.tuned, method.name, i)
     legend_above(axes)
     return figure
+
+
+def rates_scales(axes: Axes) -> None:
+    """Makes both axes logarithmic."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    plain_numbers(axes.xaxis)
+    plain_numbers(axes.yaxis)
 
 
 def draw_rates(axes: Axes, tuned: Tuned, name: str, i: int) -> None:
@@ -233,6 +243,19 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
+
+
+class _Plain(LogFormatter):
+    """Numbers such as 0.02 at the ticks that matplotlib would label."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Labels a logarithmic axis with plain numbers, which also takes half the time of powers of ten."""
+    axis.set_major_formatter(_Plain())
+    axis.set_minor_formatter(_Plain())
 
 
 def legend_above(axes: Axes, columns: int = 2) -> None:

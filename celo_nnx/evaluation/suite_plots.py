@@ -22,7 +22,9 @@ from celo_nnx.evaluation.plots import (
     labelled_axes,
     legend_above,
     legible,
+    plain_numbers,
     positive,
+    rates_scales,
     style,
 )
 from celo_nnx.evaluation.results import Results, TaskResult
@@ -77,8 +79,7 @@ def rates_figure(task: TaskResult, labels: Sequence[str]) -> Figure:
       labels: all of the evaluation, in order.
     """
     figure, axes = _axes("learning rate", f"final loss{_above(task)}", len(task.entries), 2.5)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    rates_scales(axes)
     floor, tops, lows = task.floor or 0.0, [], []
     for label, entry in task.entries.items():
         with np.errstate(invalid="ignore"):
@@ -136,6 +137,7 @@ def dots_figure(ranking: Sequence[Standing]) -> Figure:
         ends = [x for e in found for x in (e.low, e.value, e.high) if x is not None]
         if min(ends) > 0 and max(ends) >= 10 * min(ends):
             axes.set_xscale("log")
+            plain_numbers(axes.xaxis)
         axes.axvline(1.0, color=INK, alpha=0.35, linewidth=0.8)
         for standing, estimate, y in zip(ranking, found, places, strict=True):
             _dot(axes, standing, estimate.value, estimate.low, estimate.high, y)

@@ -114,7 +114,7 @@ def speedups(entry: Entry) -> tuple[str, str]:
     n = len(values)
     order = np.argsort(values, kind="stable")
     sign = lambda some: "≥ " if at_least[order[some]].any() else ""  # noqa: E731
-    few = f"{shown(values.min())} to {sign([-1])}{shown(values.max())}" if n > 1 else ""
+    few = f"{sign([0])}{shown(values.min())} to {sign([-1])}{shown(values.max())}" if n > 1 else ""
     return sign(list(range((n - 1) // 2, n // 2 + 1))) + shown(np.median(values)), few
 
 

@@ -192,6 +192,7 @@ def test_speedups_that_are_lower_bounds_have_a_sign() -> None:
     for values, at_least, expected in (
         ([4.0, 1.0, 2.0], [1, 0, 0], ("2.00", "1.00 to ≥ 4.00")),
         ([4.0, 4.0, 2.0], [1, 1, 0], ("≥ 4.00", "2.00 to ≥ 4.00")),
+        ([4.0, 4.0], [1, 1], ("≥ 4.00", "≥ 4.00 to ≥ 4.00")),
         ([4.0, 2.0], [1, 0], ("≥ 3.00", "2.00 to ≥ 4.00")),
         ([1.0, 4.0, 2.0, 3.0], [0, 1, 0, 0], ("2.50", "1.00 to ≥ 4.00")),
         ([0.0], [0], ("0", "")),
@@ -220,8 +221,6 @@ def test_an_evaluation_under_way_is_reported(copy: Path, capsys: pytest.CaptureF
         (0, "Nothing has run yet.", 0),
         (2, "so there is no result yet", 2),
         (5, "all optimizers are done with 1 of 3 tasks, and only those count", 7),
-        (9, "all optimizers are done with 2 of 3 tasks, and only those count", 9),
-        (len(lines), "1 task of the suite was skipped", 9),
     ):
         path.write_text("".join(lines[:done]))
         assert main(["report", str(copy)]) == 0
@@ -230,10 +229,10 @@ def test_an_evaluation_under_way_is_reported(copy: Path, capsys: pytest.CaptureF
         Page(text)
         self_contained(text)
         assert words in text and text.count("<svg") == figures
-        assert ("not finished" in text) == (done < len(lines))
+        assert "The evaluation is not finished" in text
         assert len(read(copy / "scores.csv")) == 3 * len(_cells(lines[:done]))
         assert len(read(copy / "summary.csv")) == (3 if done >= 5 else 0)
-    assert "<b>hard</b>: not yet run: fast, bad" not in text
+    assert "<b>noisy</b>: not yet run: fast, bad" in text and "<b>smooth</b>" not in text
 
 
 def _cells(lines: list[str]) -> set[tuple[str, str]]:
@@ -291,10 +290,13 @@ def test_curves_of_any_kind_can_be_drawn(tmp_path: Path) -> None:
     assert text.count("<svg") == 3 + 8
 
 
-def test_forty_optimizers_are_told_apart_and_many_tasks_are_closed(tmp_path: Path) -> None:
+def test_forty_optimizers_are_told_apart_and_many_tasks_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite_report, "OPEN", 1)
     assert len({plots.style(i) for i in range(40)}) == 40
     labels = ["adam", *(f"rule{i}" for i in range(9))]
-    tasks = [f"t{i}" for i in range(7)]
+    tasks = ["t0", "t1"]
     made.begin(tmp_path, tasks, labels)
     cells = Cells(tmp_path)
     for task in tasks:
@@ -302,7 +304,7 @@ def test_forty_optimizers_are_told_apart_and_many_tasks_are_closed(tmp_path: Pat
         for label in labels:
             made.add(cells, task, label, made.grid(made.falling))
     text = suite_report.write(tmp_path).read_text()
-    assert text.count('<details class="task">') == 7 and "Bands:" not in text and "range of all" not in text
+    assert text.count('<details class="task">') == 2 and "Bands:" not in text and "range of all" not in text
     results = load_results(tmp_path)
     axes = suite_plots.profile_figure(results, standings(results), "score").axes[0]
     lines = [line for line in axes.lines if not line.get_label().startswith("_")]
@@ -333,7 +335,11 @@ def test_pictures_show_the_results(folder: Path) -> None:
     assert dots == [standing.speedup["iqm"].value for standing in ranking]
 
 
-def test_what_may_be_overwritten(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_may_be_overwritten(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (copy / "report.html").read_text()
+    monkeypatch.setattr(suite_report, "html", lambda *_: text)  # its figures take time
     for name in ("report.html", "scores.csv", "summary.csv"):
         before = {path.name: path.read_bytes() for path in copy.iterdir()}
         assert main(["report", str(copy)]) == 0
