@@ -20,7 +20,7 @@ from celo_nnx import config as configs
 from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.evaluation.baselines import SCHEDULES
 from celo_nnx.interfaces import Family
-from celo_nnx.tasks import build_families, complete
+from celo_nnx.tasks import build_families, complete, trial
 from celo_nnx.tasks.builders import within
 
 EVERY = "tasks.*."
@@ -184,15 +184,16 @@ def _has(section: ConfigDict, key: str) -> bool:
 
 
 def _complete(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a section with every default, if it is of one family as far as can be told without data."""
+    """Returns a section with every default; checks its values, and that it is of one family."""
     section = complete(section)
     if section.get("vary"):
         raise UserError("tasks.vary yields several families; a task of a suite is one")
     if "datasets" in section:
         one = isinstance(section["datasets"], (tuple, list)) and len(section["datasets"]) == 1
         require(one, "tasks.datasets", section["datasets"], "a tuple of exactly one name")
+    if "parts" in section:
+        raise UserError("tasks.parts yields several families; a task of a suite is one")
     if "inner" in section:
         within("inner", _complete, section["inner"])
-    if len(section.get("parts", ())) > 1:
-        raise UserError("tasks.parts yields several families; a task of a suite is one")
+    trial(section)  # now, so that a wrong value is not taken for absent data later
     return section

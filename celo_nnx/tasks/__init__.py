@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from celo_nnx.errors import UserError, unknown
-from celo_nnx.interfaces import Family
+from celo_nnx.interfaces import Family, Task
 from celo_nnx.tasks.analytic import Analytic, Quadratic
 from celo_nnx.tasks.autoencoder import Autoencoder
 from celo_nnx.tasks.builders import (
@@ -49,6 +49,7 @@ __all__ = [
     "listing",
     "load",
     "load_text",
+    "trial",
 ]
 
 
@@ -100,6 +101,23 @@ def complete(section: Mapping[str, Any]) -> dict[str, Any]:
     return fill(section) if fill else section
 
 
+def trial(section: Mapping[str, Any]) -> Task | None:
+    """Checks the values of a complete section in which nothing varies, without its data.
+
+    Returns:
+      The task, with stand-ins for what the data decide; None where the kind can only be built with data.
+
+    Raises:
+      UserError: a value that is not legal.
+
+    Example:
+      >>> trial(complete(dict(kind="recurrent_lm", datasets=("sums",), width=8))).width
+      8
+    """
+    attempt = getattr(TASKS[section["kind"]], "trial", None)
+    return attempt(section) if attempt else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """The families of several sections, ``parts``, side by side: named ``PART/FAMILY``."""
@@ -138,6 +156,6 @@ TASKS: dict[str, Callable[[Mapping[str, Any], str], list[Family]]] = {
     "transformer_lm": TextFamilies(TransformerLM),
     "quadratic": AnalyticFamilies(Quadratic),
     "analytic": AnalyticFamilies(Analytic),
-    "learned_optimizer": WrappingFamilies(LearnedOptimizerTask, build_families, complete),
+    "learned_optimizer": WrappingFamilies(LearnedOptimizerTask, build_families, complete, trial),
     "mixture": Mixture(),
 }

@@ -10,8 +10,8 @@ import numpy as np
 
 from celo_nnx.errors import UserError, is_number, require, unknown
 from celo_nnx.interfaces import Family, Task
-from celo_nnx.tasks.data import load
-from celo_nnx.tasks.text import load_text
+from celo_nnx.tasks.data import check_size, load
+from celo_nnx.tasks.text import check_level, load_text
 
 Section = Mapping[str, Any]
 REQUIRED = object()
@@ -61,6 +61,17 @@ class Families:
         fields = [f.name for f in dataclasses.fields(self.task) if f.name not in GIVEN]
         return self.task(**{name: section[name] for name in fields}, **given)
 
+    def trial(self, section: Section) -> Task:
+        """Checks the values of a complete section in which nothing varies, without its data.
+
+        Returns:
+          The task, with stand-ins for what the data decide.
+
+        Raises:
+          UserError: a value that is not legal.
+        """
+        return self.make(section, {})
+
     def __call__(self, settings: Section, data_dir: str = "") -> list[Family]:
         """Returns the families.
 
@@ -86,14 +97,19 @@ class ImageFamilies(Families):
         """Returns the settings of the images."""
         return dict(datasets=REQUIRED, image_size=REQUIRED, grey=True, validation=0.0)
 
+    def trial(self, section: Section) -> Task:
+        """Checks the values of a complete section; see :meth:`Families.trial`."""
+        size, grey = section["image_size"], section["grey"]
+        check_names_and_share(section["datasets"], section["validation"])
+        require(isinstance(grey, bool), "tasks.grey", grey, "True or False")
+        check_size(size)
+        return self.make(section, self.task.fields_of(size, 1 if grey else 3, 10))
+
     def __call__(self, settings: Section, data_dir: str = "") -> list[Family]:
         """Returns the families, in the order of ``settings["datasets"]``."""
         section = self.complete(settings)
+        self.trial(section)  # settings are checked before minutes may go into data
         names, share, size, grey = (section[k] for k in ("datasets", "validation", "image_size", "grey"))
-        check_names_and_share(names, share)
-        require(isinstance(grey, bool), "tasks.grey", grey, "True or False")
-        if isinstance(size, int) and size >= 1:  # settings are checked before minutes may go into data
-            self.make(section, self.task.fields_of(size, 1 if grey else 3, 10))
         families = []
         for name in names:
             data = load(name, size=size, grey=grey, data_dir=data_dir)
@@ -117,12 +133,17 @@ class TextFamilies(Families):
         """Returns the settings of the text."""
         return dict(datasets=REQUIRED, level="character", words=1000, validation=0.0)
 
+    def trial(self, section: Section) -> Task:
+        """Checks the values of a complete section; see :meth:`Families.trial`."""
+        check_names_and_share(section["datasets"], section["validation"])
+        check_level(section["level"], section["words"])
+        return self.make(section, {"vocabulary": 2})
+
     def __call__(self, settings: Section, data_dir: str = "") -> list[Family]:
         """Returns the families, in the order of ``settings["datasets"]``."""
         section = self.complete(settings)
+        self.trial(section)  # settings are checked before data are read
         names, share = section["datasets"], section["validation"]
-        check_names_and_share(names, share)
-        task = self.make(section, {"vocabulary": 2})  # settings are checked before data are read
         families = []
         for name in names:
             text = load_text(name, level=section["level"], words=section["words"], data_dir=data_dir)
@@ -157,11 +178,12 @@ class WrappingFamilies(Families):
     """One family for each of the section ``inner``, another section of tasks: a task around that task.
 
     Attributes:
-      build, fill: of sections, as :func:`celo_nnx.tasks.build_families` and ``complete``.
+      build, fill, attempt: of sections, as :func:`celo_nnx.tasks.build_families`, ``complete`` and ``trial``.
     """
 
     build: Callable[[Section, str], list[Family]]
     fill: Callable[[Section], dict[str, Any]]
+    attempt: Callable[[Section], Task | None]
 
     def extra(self) -> dict[str, Any]:
         """Returns the inner section."""
@@ -171,6 +193,11 @@ class WrappingFamilies(Families):
         """Returns both sections with every default filled in."""
         section = super().complete(section)
         return section | {"inner": within("inner", self.fill, section["inner"])}
+
+    def trial(self, section: Section) -> Task:
+        """Checks the values of a complete section; see :meth:`Families.trial`."""
+        inner = within("inner", self.attempt, section["inner"])
+        return self.make(section, {"inner": inner or Task()})
 
     def __call__(self, settings: Section, data_dir: str = "") -> list[Family]:
         """Returns the families, in the order of the inner ones."""

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +79,7 @@ def load(name: str, *, size: int, grey: bool, data_dir: str = "") -> Data:
       >>> load("digits", size=8, grey=True).train_x.shape
       (1500, 64)
     """
-    require(
-        isinstance(size, int) and 1 <= size <= MAX_SIZE,
-        "image_size",
-        size,
-        f"an integer from 1 to {MAX_SIZE}",
-    )
+    check_size(size)
     check_place(name, f"{name}.npz", data_dir)
     for folder in folders(data_dir):
         path = folder / f"{name}.npz"
@@ -105,6 +100,12 @@ def load(name: str, *, size: int, grey: bool, data_dir: str = "") -> Data:
             "and set run.data_dir or CELO_NNX_DATA to it"
         )
     raise MissingData(f"{unknown('data set', name, listing(data_dir))}; {elsewhere}")
+
+
+def check_size(size: object) -> None:
+    """Checks the height and width of images."""
+    good = isinstance(size, int) and 1 <= size <= MAX_SIZE
+    require(good, "image_size", size, f"an integer from 1 to {MAX_SIZE}")
 
 
 def check_place(name: object, file: str, data_dir: str) -> None:
@@ -168,12 +169,7 @@ def _prepared(
 ) -> Data:
     """Returns the data from the cache, or reads, prepares and caches it."""
     settings = {**key, "size": size, "grey": grey, "scale": scale, "pipeline": PIPELINE}
-    key_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    cached = _cache_dir() / f"{name}-{key_digest[:32]}.npz"
-    arrays = _cache_read(cached)
-    if arrays is None:
-        arrays = _prepare_all(name, read(), scale, size, grey)
-        _cache_write(cached, arrays)
+    arrays = cached(name, settings, npz.KEYS, lambda: _prepare_all(name, read(), scale, size, grey))
     top = 1 + max(int(arrays["train_y"].max()), int(arrays["test_y"].max()))
     # A known set has its classes even where a sample of it lacks the last ones.
     classes = max(top, 100 if name == "cifar100" else 10) if name in DATASETS else top
@@ -215,15 +211,33 @@ def _file_digest(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def cached(name: str, settings: dict[str, object], keys: Iterable[str], make: Callable[[], Raw]) -> Raw:
+    """Returns arrays from the cache, or makes and caches them.
+
+    Args:
+      name: begins the file's name.
+      settings: what decides the arrays; values that JSON can hold.
+      keys: names of the arrays.
+      make: gives the arrays.
+    """
+    key_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    path = _cache_dir() / f"{name}-{key_digest[:32]}.npz"
+    arrays = _cache_read(path, keys)
+    if arrays is None:
+        arrays = make()
+        _cache_write(path, arrays)
+    return arrays
+
+
 def _cache_dir() -> Path:
     return Path(os.environ.get("CELO_NNX_CACHE") or Path.home() / ".cache" / "celo_nnx")
 
 
-def _cache_read(path: Path) -> Raw | None:
+def _cache_read(path: Path, keys: Iterable[str]) -> Raw | None:
     """Returns the cached arrays, or None where there are none or their digest does not agree."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in npz.KEYS}
+            arrays = {key: file[key] for key in keys}
             good = file["digest"].shape == () and str(file["digest"]) == digest(arrays)
     except (*npz.BROKEN, KeyError, TypeError):  # TypeError: the bytes are a bare .npy
         return None

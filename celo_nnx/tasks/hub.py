@@ -1,7 +1,8 @@
-"""Image data sets of the Hugging Face hub as uint8 arrays; needs the extra ``hub``."""
+"""Image data sets of the Hugging Face hub as uint8 arrays, and texts as bytes; needs the extra ``hub``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,20 @@ SOURCES: dict[str, Source] = {
 }
 
 
+class TextSource(NamedTuple):
+    """Where a text lies on the hub: rows with a column ``text``."""
+
+    repository: str
+    config: str | None
+
+
+TEXT_SOURCES: dict[str, TextSource] = {
+    "lm1b": TextSource("dvruette/lm1b", None),
+    "wikipedia": TextSource("wikimedia/wikipedia", "20231101.en"),
+}
+# What is read of a text, from its start: twice what 2,000 batches of 128 slices of 65 bytes hold.
+TEXT_BYTES = 2**25
 _SPLITS = ("train", "test")
-_BY_HAND = "or put {name}.npz in a folder and set run.data_dir or CELO_NNX_DATA to it"
 
 
 def read(name: str, elsewhere: str) -> dict[str, np.ndarray]:
@@ -45,14 +58,8 @@ def read(name: str, elsewhere: str) -> dict[str, np.ndarray]:
       MissingData: the extra is not installed, or the hub cannot be reached or read.
     """
     source = SOURCES[name]
-    try:
-        import datasets
-    except ImportError:
-        raise MissingData(
-            f"data set {name!r} not found: {elsewhere}; the Hugging Face hub ({source.repository}) needs "
-            f"'pip install celo-nnx[hub]'; {_BY_HAND.format(name=name)}"
-        ) from None
-    try:
+
+    def arrays(datasets: Any) -> dict[str, np.ndarray]:
         splits = {
             split: datasets.load_dataset(source.repository, source.config, split=split) for split in _SPLITS
         }
@@ -61,13 +68,67 @@ def read(name: str, elsewhere: str) -> dict[str, np.ndarray]:
             for split, rows in splits.items()
             for key, array in _arrays(split, rows, source).items()
         }
-    # OSError covers the hub's own errors and failed connections; ValueError, an unusable cache.
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+
+    place = _Place(f"data set {name!r}", source.repository, f"{name}.npz", elsewhere)
+    return _from_hub(
+        place, arrays, "without a network set HF_HUB_OFFLINE=1, and HF_HOME to a folder that holds it; "
+    )
+
+
+def read_text(name: str, elsewhere: str) -> bytes:
+    """Downloads the first :data:`TEXT_BYTES` of a text and no more, its rows as lines.
+
+    Args:
+      name: a key of :data:`TEXT_SOURCES`.
+      elsewhere: where the text was looked for before; ends the message if it cannot be had.
+
+    Returns:
+      UTF-8.
+
+    Raises:
+      MissingData: the extra is not installed, or the hub cannot be reached or read.
+    """
+    source = TEXT_SOURCES[name]
+
+    def text(datasets: Any) -> bytes:
+        raw = bytearray()
+        for row in datasets.load_dataset(*source, split="train", streaming=True):
+            raw += row["text"].encode() + b"\n"
+            if len(raw) >= TEXT_BYTES:
+                break
+        return bytes(raw[:TEXT_BYTES]).decode("utf-8", "ignore").encode()  # no half of a character
+
+    return _from_hub(_Place(f"text {name!r}", source.repository, f"{name}.txt", elsewhere), text)
+
+
+class _Place(NamedTuple):
+    """What is looked for, for messages."""
+
+    what: str
+    repository: str
+    file: str
+    elsewhere: str
+
+
+def _from_hub(place: _Place, read: Callable[[Any], Any], offline: str = "") -> Any:
+    """Returns what ``read`` makes of the package ``datasets``, and tells its errors in one line."""
+    by_hand = f"or put {place.file} in a folder and set run.data_dir or CELO_NNX_DATA to it"
+    try:
+        import datasets
+    except ImportError:
         raise MissingData(
-            f"data set {name!r} could not be read from the Hugging Face hub ({source.repository}): {reason}; "
-            "without a network set HF_HUB_OFFLINE=1, and HF_HOME to a folder that holds it; "
-            f"{_BY_HAND.format(name=name)}; {elsewhere}"
+            f"{place.what} not found: {place.elsewhere}; the Hugging Face hub ({place.repository}) needs "
+            f"'pip install celo-nnx[hub]'; {by_hand}"
+        ) from None
+    try:
+        return read(datasets)
+    # Besides the hub's own errors (OSError) and unusable caches (ValueError), those of whichever library
+    # carries the bytes, which are of no common class.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MissingData(
+            f"{place.what} could not be read from the Hugging Face hub ({place.repository}): {reason}; "
+            f"{offline}{by_hand}; {place.elsewhere}"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Texts by name, as tokens: from ``NAME.txt`` or ``NAME.txt.gz``, or made by a rule."""
+"""Texts by name, as tokens: from ``NAME.txt`` or ``NAME.txt.gz``, made by a rule, or from the hub."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from celo_nnx.errors import MissingData, UserError, is_integer, require, unknown
-from celo_nnx.tasks.data import check_place, folders, looked_for
+from celo_nnx.tasks import hub
+from celo_nnx.tasks.data import cached, check_place, folders, looked_for
 
 TEXTS: dict[str, str] = {
     "sums": "10,000 sums in words, as 'seven plus twenty-four is thirty-one.' (made by a rule, embedded)",
     "shakespeare": "works of Shakespeare, 5 MB (shakespeare.txt or .txt.gz)",
+    "lm1b": "sentences of the One Billion Word Benchmark, 32 MB (hub dvruette/lm1b, or lm1b.txt)",
+    "wikipedia": "articles of the English Wikipedia, 32 MB (hub wikimedia/wikipedia, or wikipedia.txt)",
 }
 LEVELS = ("byte", "character", "token")
 LIMIT_BYTES = 2**26
@@ -42,7 +45,9 @@ class Text:
 
 
 def load_text(name: str, *, level: str, words: int = 1000, data_dir: str = "") -> Text:
-    """Loads a text: ``data_dir/NAME.txt``, ``.txt.gz``, the same in ``$CELO_NNX_DATA``, else a made one.
+    """Loads a text: ``data_dir/NAME.txt``, ``.txt.gz``, the same in ``$CELO_NNX_DATA``, else by its name.
+
+    What comes from the hub is cached as images are: see :func:`celo_nnx.tasks.data.load`.
 
     Args:
       name: a key of :data:`TEXTS`, or of a file in one of the folders.
@@ -64,10 +69,7 @@ def load_text(name: str, *, level: str, words: int = 1000, data_dir: str = "") -
       >>> text.vocabulary, text.tokens.dtype.name
       (24, 'uint8')
     """
-    if level not in LEVELS:
-        raise unknown("level", level, LEVELS)
-    good = is_integer(words) and 2 <= words <= MAX_VOCABULARY
-    require(good, "words", words, f"an integer from 2 to {MAX_VOCABULARY}")
+    check_level(level, words)
     raw, source = _raw(name, data_dir)
     if level == "byte":
         return Text(name, np.frombuffer(raw, np.uint8), 256, source)
@@ -81,6 +83,14 @@ def load_text(name: str, *, level: str, words: int = 1000, data_dir: str = "") -
     indices, count = _characters(source, text) if level == "character" else _tokens(text, words)
     smallest = np.uint8 if count <= 256 else np.uint16
     return Text(name, indices.astype(smallest), count, source)
+
+
+def check_level(level: object, words: object) -> None:
+    """Checks how a text becomes tokens: the arguments of those names of :func:`load_text`."""
+    if level not in LEVELS:
+        raise unknown("level", level, LEVELS)
+    good = is_integer(words) and 2 <= words <= MAX_VOCABULARY
+    require(good, "words", words, f"an integer from 2 to {MAX_VOCABULARY}")
 
 
 def texts(data_dir: str = "") -> dict[str, str]:
@@ -105,12 +115,22 @@ def _raw(name: str, data_dir: str) -> tuple[bytes, str]:
     if name == "sums":
         return sums().encode(), "made by a rule"
     elsewhere = looked_for(f"{name}.txt and {name}.txt.gz", data_dir)
+    if name in hub.TEXT_SOURCES:
+        return _hub_text(name, elsewhere), f"Hugging Face hub {hub.TEXT_SOURCES[name].repository}"
     if name in TEXTS:
         raise MissingData(
             f"text {name!r} not found: {elsewhere}; put one in a folder and set run.data_dir or "
             "CELO_NNX_DATA to it"
         )
     raise MissingData(f"{unknown('text', name, texts(data_dir))}; {elsewhere}")
+
+
+def _hub_text(name: str, elsewhere: str) -> bytes:
+    def make() -> dict[str, np.ndarray]:
+        return {"text": np.frombuffer(hub.read_text(name, elsewhere), np.uint8)}
+
+    settings = {"hub text": list(hub.TEXT_SOURCES[name]), "bytes": hub.TEXT_BYTES}
+    return cached(name, settings, ("text",), make)["text"].tobytes()
 
 
 def _read(path: Path) -> bytes:
