@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             evaluations=4,
             batches=4,
             tasks=dict(
-                mlp=dict(kind="image_mlp", hidden=(16, 16), batch_size=32, **digits),
+                mlp=dict(kind="image_mlp", hidden=(24,), batch_size=32, **digits),
                 conv=dict(kind="conv_net", channels=(6, 12), strides=(2, 2), batch_size=16, **digits),
                 text=dict(
                     kind="recurrent_lm",
