@@ -21,7 +21,7 @@ SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) f
 
 def test_it_shows_code() -> None:
     assert not re.search(r"[A-Z]+_TABLE|TODO", README)
-    assert len(PYTHON) == 4 and sum(line.startswith("celo-nnx") for line in SHELL) >= 3
+    assert len(PYTHON) == 5 and sum(line.startswith("celo-nnx") for line in SHELL) >= 3
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
