@@ -64,6 +64,7 @@ def run_section() -> dict[str, Any]:
         iterations_per_dispatch=10,
         checkpoint_seconds=60.0,
         keep=2,
+        snapshots=0,
         data_dir="",
         devices=0,
         progress=True,

@@ -94,7 +94,13 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise UserError(f"the config lacks {', '.join(missing)}")
     seed, options = settings["seed"], settings["run"]
     require(_whole(seed, 0) and seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
-    for name, least in (("iterations", 0), ("iterations_per_dispatch", 1), ("keep", 1), ("devices", 0)):
+    for name, least in (
+        ("iterations", 0),
+        ("iterations_per_dispatch", 1),
+        ("keep", 1),
+        ("snapshots", 0),
+        ("devices", 0),
+    ):
         require(_whole(options[name], least), f"run.{name}", options[name], f"an integer >= {least}")
     seconds = options["checkpoint_seconds"]
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds >= 0

@@ -7,6 +7,7 @@ A run folder holds::
     checkpoints/N/     Orbax: the whole state after N meta-iterations
     metrics.jsonl      one line a meta-iteration
     theta.safetensors  theta of the newest checkpoint, for use
+    snapshots/         theta after every ``run.snapshots`` meta-iterations, where that is not 0
     lock               held by the one process that writes here
 
 A run of several processes (:mod:`celo_nnx.processes`) has one folder, which the first process writes and
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +44,7 @@ from celo_nnx.phases import Phase, phase_at, plan
 from celo_nnx.theta_io import FILE_NAME, save_theta
 
 Stop = Callable[[], int]
+SNAPSHOTS = "snapshots"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,8 +288,11 @@ def _run(
 
     def keep_theta(iteration: int, theta: PyTree) -> None:
         if processes.is_first():
-            at = phase_at(works.phases, iteration)
-            save_theta(run_dir / FILE_NAME, theta, run_files.theta_header(settings, iteration, at))
+            header = run_files.theta_header(settings, iteration, phase_at(works.phases, iteration))
+            save_theta(run_dir / FILE_NAME, theta, header)
+            if snapshot_due(options["snapshots"], iteration) == iteration:
+                (run_dir / SNAPSHOTS).mkdir(exist_ok=True)
+                save_theta(run_dir / SNAPSHOTS / f"{iteration:07d}.safetensors", theta, header)
 
     with contextlib.closing(log):
         begin = time.monotonic()
@@ -304,6 +310,16 @@ def _run(
 def learned(state: Mapping[str, PyTree]) -> PyTree:
     """Returns what a run has learned: the average of theta where the state keeps one, else theta."""
     return state["average"]["theta"] if "average" in state else state["theta"]
+
+
+def snapshot_due(every: int, iteration: int) -> int:
+    """Returns the first iteration from this one on whose theta is kept for good; none is with ``every`` 0.
+
+    Example:
+      >>> snapshot_due(500, 501), snapshot_due(500, 1000)
+      (1000, 1000)
+    """
+    return math.ceil(iteration / every) * every if every else sys.maxsize
 
 
 def _iterate(
@@ -350,13 +366,14 @@ def _iterate(
             phase = works.phases[phase.number + 1]
             work = works.enter(phase)
             state = work.trainer.init(root, theta, iteration=iteration, phase=phase.number)
-        count = min(options["iterations_per_dispatch"], min(total, phase.end) - iteration)
+        snapshot = snapshot_due(options["snapshots"], iteration + 1)
+        count = min(options["iterations_per_dispatch"], min(total, phase.end, snapshot) - iteration)
         state, metrics = work.trainer.run(state, count)
         flush()
         waiting.append((metrics, iteration, count))
         iteration += count
         signum, due = ask()
-        if due:
+        if due or iteration == snapshot:
             flush()
             save(iteration, state)
             saved, last = iteration, time.monotonic()

@@ -99,6 +99,7 @@ def config(iterations: int = 12, **run: Any) -> dict[str, Any]:
         "iterations_per_dispatch": 2,
         "checkpoint_seconds": 0.0,
         "keep": 2,
+        "snapshots": 0,
         "data_dir": "",
         "devices": 1,
         "progress": False,

@@ -100,6 +100,20 @@ def test_dispatch_size_changes_nothing(whole: Path, tmp_path: Path) -> None:
     assert theta_bytes(tmp_path / "a") == theta_bytes(whole)
 
 
+def test_snapshots_are_theta_at_their_iterations(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    run(folder, 7, snapshots=5, checkpoint_seconds=100.0, iterations_per_dispatch=4)
+    run(folder, 12, snapshots=5, checkpoint_seconds=100.0, iterations_per_dispatch=4)
+    assert theta_bytes(folder) == theta_bytes(whole) and log(folder) == log(whole)
+    found = sorted(p.name for p in (folder / training.SNAPSHOTS).iterdir())
+    assert found == ["0000000.safetensors", "0000005.safetensors", "0000010.safetensors"]
+    run(tmp_path / "b", 5)
+    assert theta_bytes(folder / training.SNAPSHOTS / found[1]) == theta_bytes(tmp_path / "b")
+    header = read_metadata(folder / training.SNAPSHOTS / found[1])
+    assert header["iteration"] == "5" and "optimizer" in json.loads(header["config"])
+    assert not (tmp_path / "b" / training.SNAPSHOTS).exists()
+
+
 def test_log_beyond_the_checkpoint_and_a_torn_line_are_cut(whole: Path, tmp_path: Path) -> None:
     run(tmp_path / "a", 6)
     with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
@@ -163,6 +177,7 @@ def test_folders_that_are_not_runs(tmp_path: Path) -> None:
         ({"iterations": -1}, "run.iterations = -1 is out of range: must be an integer >= 0"),
         ({"iterations_per_dispatch": 0}, "run.iterations_per_dispatch = 0"),
         ({"keep": 0}, "run.keep = 0"),
+        ({"snapshots": -1}, "run.snapshots = -1"),
         ({"checkpoint_seconds": -1.0}, "run.checkpoint_seconds = -1.0"),
         ({"devices": 3}, "run.devices = 3 is out of range: must be 0 or a divisor"),
     ],
