@@ -1,6 +1,6 @@
 """Which theta is shipped? Neither meta-training nor another suite has these tasks. All data are embedded.
 
-A residual ConvNet and a normalized MLP on digits, and a Transformer on sums in words.
+A residual ConvNet and an MLP-Mixer on digits, and a Transformer on sums in words.
 """
 
 from ml_collections import ConfigDict
@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns the suite."""
     digits = dict(datasets=("digits",), image_size=8, grey=True, validation=0.1, batch_size=16)
-    mlp = dict(kind="image_mlp", hidden=(48, 48, 48), activation="gelu", normalization="layer")
     tasks = dict(
-        mlp=mlp | digits,
+        mixer=dict(kind="mlp_mixer", patch=2, width=24, depth=1, channel_hidden=48) | digits,
         res_net=dict(kind="res_net", channels=(8, 16), blocks=1, normalization="batch") | digits,
         transformer=dict(
             kind="transformer_lm",
@@ -25,6 +24,4 @@ def get_config() -> ConfigDict:
             validation=0.1,
         ),
     )
-    return ConfigDict(
-        dict(steps=1000, schedule="constant", seeds=3, evaluations=5, batches=8, tasks=tasks)
-    )
+    return ConfigDict(dict(steps=1000, schedule="constant", seeds=3, evaluations=5, batches=8, tasks=tasks))

@@ -15,6 +15,7 @@ from celo_nnx import listing
 from celo_nnx.config import presets
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation.suites import Suite, load_suite, suites, task_family
+from celo_nnx.experiments import fast_conv, fast_digits, fast_local, fast_text
 from celo_nnx.interfaces import Family
 from celo_nnx.tasks import hub, load_text
 
@@ -46,7 +47,7 @@ def fits(family: Family) -> bool:
     return jax.eval_shape(loss, family.train).shape == ()
 
 
-@pytest.mark.parametrize("name", ["celo17", "celo17_local", "smoke"])
+@pytest.mark.parametrize("name", ["celo17", "celo17_local", "selection", "smoke"])
 def test_every_suite_loads_and_is_data(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name and suites()[name]
@@ -59,7 +60,7 @@ def test_every_suite_loads_and_is_data(name: str) -> None:
 
 
 def test_suites_are_listed_and_are_no_presets() -> None:
-    assert set(suites()) == {"celo17", "celo17_local", "smoke"}
+    assert set(suites()) == {"celo17", "celo17_local", "selection", "smoke"}
     assert not set(suites()) & set(presets()) and "suites" not in presets()
     shown = listing.lines("suites").splitlines()
     assert shown[0] == "suites" and [line.split()[0] for line in shown[1:]] == sorted(suites())
@@ -120,8 +121,9 @@ def test_no_local_task_is_one_of_meta_training() -> None:
         assert one != ("image_mlp", (32,), 8, True)
 
 
-def test_smoke_is_embedded() -> None:
-    suite = load_suite("smoke", ["tasks.*.batch_size=3"])
+@pytest.mark.parametrize("name", ["selection", "smoke"])
+def test_data_are_embedded(name: str) -> None:
+    suite = load_suite(name, ["tasks.*.batch_size=3"])
     for name in suite.tasks:
         family = task_family(suite, name)
         assert (
@@ -130,6 +132,21 @@ def test_smoke_is_embedded() -> None:
             and len(next(iter(family.validation.values())))
         )
         assert fits(family)
+
+
+def test_selection_shares_no_task_with_meta_training_and_the_suites_of_results() -> None:
+    def tasks(sections):
+        return {(section["kind"], section.get("datasets")) for section in sections}
+
+    presets = [fast_conv, fast_digits, fast_local, fast_text]
+    trained = tasks(
+        {**preset.get_config().to_dict(), "datasets": (name,)}
+        for preset in presets
+        for name in preset.get_config().datasets
+    )
+    suites = [load_suite(name).tasks.values() for name in ("celo17", "celo17_local")]
+    chosen = tasks(load_suite("selection").tasks.values())
+    assert len(chosen) == 3 and not chosen & (trained | tasks(suites[0]) | tasks(suites[1]))
 
 
 def test_local_tasks_build(shared: Path) -> None:
@@ -203,7 +220,10 @@ def test_wrong_overrides(overrides: list[str], words: str) -> None:
     ("source", "words"),
     [
         ("smok", "unknown suite 'smok' .did you mean 'smoke'"),
-        ("celo2", "celo2 is an optimizer variant, not a suite; known: celo17, celo17_local, smoke"),
+        (
+            "celo2",
+            "celo2 is an optimizer variant, not a suite; known: celo17, celo17_local, sel",
+        ),
         ("fast_digits", "fast_digits is a task preset, not a suite"),
         ("absent.py", "no config file absent.py"),
     ],
