@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ AXIS = "particles"
 # A side also reads its own theta in each step, once, where it reads a parameter's planes some sixteen times.
 # Counted in, VeLO of 46,000 meta-parameters takes 9 % less time.
 THETA_SHARE = 16
+SHARES = 4  # devices over which results agree to the order of sums; more have smaller chunks
+TINY = 2**13  # parameters of a chunk, both sides, below which turns cost more than they are worth
 Arrays = dict[str, Array]
 
 
@@ -216,14 +219,22 @@ class Population:
         return gradient, states, metrics
 
     def _together(self, group: Group, theta: PyTree, pairs: Pairs) -> int:
-        """Returns how many of this device's pairs of a group train together; the chunks come in turn."""
+        """Returns how many of this device's pairs of a group train together; the chunks come in turn.
+
+        As many as each of :data:`SHARES` devices would have, so that fewer devices do the same arithmetic:
+        the batch decides how sums are vectorized, and a meta-gradient is made of differences of losses that
+        show it. Tiny problems, on which turns would tell, are all at once.
+        """
         here = len(pairs.number)
         if jax.default_backend() != "cpu":
             return here
-        size = group.size + sum(leaf.size for leaf in jax.tree.leaves(theta)) // THETA_SHARE
-        most = max(TOGETHER // (2 * size), 1)
-        divisor = max(d for d in range(1, min(here, most) + 1) if here % d == 0)
-        return divisor if 2 * divisor > most else here
+        size = 2 * (group.size + sum(leaf.size for leaf in jax.tree.leaves(theta)) // THETA_SHARE)
+        total = len(group.members) * self.pairs
+        share = math.gcd(here, total // math.gcd(total, SHARES))
+        share = share if share * size >= TINY else here
+        most = max(TOGETHER // size, 1)
+        divisor = max(d for d in range(1, min(share, most) + 1) if share % d == 0)
+        return divisor if 2 * divisor > most else share
 
     def _sums(self, part: Part, pairs: Pairs) -> dict[str, Array]:
         mine = pairs.family[None, :] == jnp.arange(len(self.names))[:, None]
