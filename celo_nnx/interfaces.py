@@ -354,10 +354,10 @@ class Task:
     scale, say): any pytree, drawn anew for every trajectory.
 
     Attributes:
-      floor: the lowest possible loss, where it is known: scores count losses from there.
+      floor: the lowest possible loss, None where it is not known: scores count losses from there.
     """
 
-    floor: float = 0.0
+    floor: float | None = None
 
     def sample(self, key: Array) -> PyTree:
         """Draws what varies between trajectories; nothing by default."""

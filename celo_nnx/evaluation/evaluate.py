@@ -193,7 +193,7 @@ def _compute(suite: Suite, plan: Plan, family: Family, cells: Cells) -> Cell:
         training=grid.training.best,
         validation=None if grid.validation is None else grid.validation.best,
         warnings=_warnings(grid),
-        floor=float(family.task.floor),
+        floor=None if family.task.floor is None else float(family.task.floor),
         measured=_measured(suite, plan, family, grid) | {"seconds": time.monotonic() - begin},
         config=plan.config,
         versions=dict(versions()),

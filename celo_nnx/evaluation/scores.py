@@ -77,7 +77,8 @@ def final_loss_score(adam: np.ndarray, final: np.ndarray, floor: float | None = 
       ``[n_seeds]``, from 0 to ``1 / RESOLUTION``.
 
     Raises:
-      UserError: the shapes differ, or a loss is negative and no floor was given.
+      UserError: the shapes differ, a loss is negative and no floor was given, or one lies below the floor by
+        more than a hundredth of Adam's distance from it, as noise can make it.
 
     Example:
       >>> final_loss_score(np.array([1.0, 1.0, 1.0]), np.array([0.5, 1.0, np.inf])).tolist()
@@ -90,6 +91,9 @@ def final_loss_score(adam: np.ndarray, final: np.ndarray, floor: float | None = 
     floor = 0.0 if floor is None else floor
     least = RESOLUTION * max(1.0, abs(floor)) if floor else np.finfo(np.float64).tiny
     adam = np.where(np.isfinite(adam), adam, np.median(adam))
+    margin = least + 0.01 * np.abs(adam - floor).max(initial=0.0, where=np.isfinite(adam))
+    if min(adam.min(initial=np.inf), final.min(initial=np.inf)) < floor - margin:
+        raise UserError(f"a final loss lies below the task's floor, {floor:.6g}, so losses have no ratio")
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = np.maximum(adam - floor, least) / np.maximum(final - floor, least)
     return np.where(np.isfinite(final), np.minimum(ratio, 1 / RESOLUTION), 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ WORST = 10.0
 
 class AnalyticTask(Task):
     """A task without data: a batch is empty. The meta-loss is ``ln(1 + loss - floor)``, at most 10."""
+
+    floor: ClassVar[float] = 0.0
 
     def pick(self, key: Array, start: Array, count: Array) -> Array:
         """Picks nothing."""

@@ -97,7 +97,7 @@ class ModuleTask(ModelTask):
       batch_size: examples a batch.
       loss_limit: the meta-loss is cut to ``[-loss_limit, loss_limit]``; NaN counts as ``loss_limit``.
         Choose it a little above the loss of an untrained model.
-      floor: the lowest possible loss, where it is known.
+      floor: the lowest possible loss, None where it is not known.
 
     Example:
       >>> def mean_square(model, batch, key):
@@ -111,7 +111,7 @@ class ModuleTask(ModelTask):
     objective: Callable[[Any, PyTree, Array], Array]
     batch_size: int
     loss_limit: float
-    floor: float = 0.0
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the values and traces the model once, so that a mistake in it is told now."""

@@ -49,9 +49,11 @@ def test_final_loss_score_is_the_ratio_above_the_floor():
     np.testing.assert_allclose(scores.final_loss_score(adam, final), [2.0, 0.5, 0.0])
     np.testing.assert_allclose(scores.final_loss_score(adam, final, 0.25), [3.0, 1.75 / 3.75, 0.0])
     # On the floor and below it, what float32 can resolve stands for the excess.
-    at_floor = scores.final_loss_score(np.array([1.5, 1.0, 1.0]), np.array([1.0, 0.9, 1.5]), 1.0)
+    at_floor = scores.final_loss_score(np.array([1.5, 1.0, 1.0]), np.array([1.0, 0.999, 1.5]), 1.0)
     np.testing.assert_allclose(at_floor, [0.5 / scores.RESOLUTION, 1.0, scores.RESOLUTION / 0.5])
     np.testing.assert_allclose(scores.final_loss_score(adam - 5, final - 5, -5.0), [2.0, 0.5, 0.0])
+    with pytest.raises(UserError, match="lies below the task's floor, 1, so"):
+        scores.final_loss_score(np.array([1.5, 1.5]), np.array([1.2, 0.99]), 1.0)
     with pytest.raises(UserError, match="floor"):
         scores.final_loss_score(np.array([-1.0]), np.array([1.0]))
     with pytest.raises(UserError, match="shape"):

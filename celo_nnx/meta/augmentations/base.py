@@ -28,7 +28,7 @@ class Augmentation(Task):
     task: Task
 
     @property
-    def floor(self) -> float:
+    def floor(self) -> float | None:
         """The wrapped task's."""
         return self.task.floor
 
