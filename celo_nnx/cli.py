@@ -104,19 +104,33 @@ def _evaluate(args: argparse.Namespace) -> int:
     import dataclasses
 
     from celo_nnx.evaluation import suite_report
-    from celo_nnx.evaluation.evaluate import evaluate
+    from celo_nnx.evaluation.evaluate import DEFAULT, evaluate
     from celo_nnx.evaluation.results import load_results
     from celo_nnx.evaluation.standings import standings
     from celo_nnx.evaluation.suite_words import table
     from celo_nnx.evaluation.suites import load_suite
 
+    # argparse gives KEY=VALUE after an option to the option; a label is no setting of a suite.
+    for listed in (args.optimizers, args.weights):
+        args.overrides += [text for text in listed if _is_setting(text)]
+        listed[:] = [text for text in listed if not _is_setting(text)]
     suite = load_suite(args.suite, args.overrides)
     if args.seeds is not None:
         suite = dataclasses.replace(suite, seeds=args.seeds)
+    optimizers = [name for text in args.optimizers for name in text.split(",") if name] or DEFAULT
+    folder = args.run_dir or f"runs/evaluate-{suite.name}"
+    words = ["celo-nnx", "evaluate", args.suite, *args.overrides, "--optimizers", ",".join(optimizers)]
+    words += ["--weights", *args.weights] if args.weights else []
+    words += ["--seeds", str(args.seeds)] if args.seeds is not None else []
+    words += ["--data-dir", args.data_dir] if args.data_dir else []
+    words += ["--skip-missing"] if args.skip_missing else []
+    command = shlex.join([*words, "--run-dir", folder])
     options = dict(weights=args.weights, data_dir=args.data_dir, skip_missing=args.skip_missing)
-    optimizers = [name for text in args.optimizers for name in text.split(",") if name]
-    named = {"optimizers": optimizers} if optimizers else {}
-    outcome = evaluate(suite, folder=args.run_dir, **named, **options)
+    try:
+        outcome = evaluate(suite, optimizers, folder=folder, command=command, **options)
+    except KeyboardInterrupt:
+        print(f"stopped; finished cells are kept, and this goes on: {command}", file=sys.stderr)
+        return 130
     row = dataclasses.asdict(outcome) | {"folder": str(outcome.folder), "seconds": round(outcome.seconds, 1)}
     print(json.dumps(row), flush=True)
     lines = table(standings(load_results(outcome.folder)))
@@ -129,6 +143,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     print(f"report: {suite_report.write(outcome.folder)}", file=sys.stderr)
     return 0
+
+
+def _is_setting(text: str) -> bool:
+    """Whether a text changes a suite, as in ``steps=500`` or ``tasks.mlp.batch_size=8``."""
+    from celo_nnx.evaluation.suites import SETTINGS
+
+    key, equals, _ = text.partition("=")
+    return bool(equals) and key.split(".")[0] in SETTINGS
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -231,7 +253,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
 
     sub = command("list", _list, "list what there is to choose from", "list", "list parts")
-    sub.add_argument("what", nargs="?", metavar="parts|variants|tasks|data", help="one kind only")
+    sub.add_argument(
+        "what", nargs="?", metavar="parts|variants|tasks|suites|baselines|data", help="one kind only"
+    )
 
     sub = command(
         "describe",
@@ -301,8 +325,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "changes to it; tasks.*.KEY changes every task that has KEY"
     sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
     text = (
-        "baselines (muon), variants with their hand-made theta (celo2), theta files and run folders "
-        "([LABEL=]PATH), separated by commas (default adam,muon,celo2; adam always)"
+        "baselines (muon), variants with their hand-made theta (celo2), theta files, run folders and Python "
+        "files with get_optimizer(learning_rate) ([LABEL=]PATH), separated by commas (default "
+        "adam,muon,celo2; adam always)"
     )
     sub.add_argument("--optimizers", nargs="+", action="extend", default=[], metavar="NAMES", help=text)
     text = "theta of a variant, in the place of the hand-made one; several are compared"

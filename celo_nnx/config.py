@@ -155,6 +155,15 @@ def run_file(name: str, argument: str = "") -> ConfigDict:
     Raises:
       UserError: there is no such file, or it fails; see :func:`run_get_config`.
     """
+    return run_get_config(run_module(name), argument, name)
+
+
+def run_module(name: str) -> Any:
+    """Runs a Python file that the user names, and returns it as a module.
+
+    Raises:
+      UserError: there is no such file, or it fails.
+    """
     path = Path(name)
     if not path.is_file():
         raise UserError(f"no config file {name}")
@@ -167,7 +176,7 @@ def run_file(name: str, argument: str = "") -> ConfigDict:
         raise
     except Exception as error:
         raise UserError(f"config file {name} failed: {type(error).__name__}: {error}") from None
-    return run_get_config(module, argument, name)
+    return module
 
 
 def _value(text: str, old: Any, key: str) -> Any:

@@ -231,6 +231,11 @@ class Schedule(Part):
     needs_value: bool = False
     accumulators: str = "old"
 
+    @property
+    def decides_rate(self) -> bool:
+        """Whether the learning rate is learned, so that there is none to tune."""
+        return False
+
     def sizes(self) -> dict[str, int]:
         """Returns the width of everything in :meth:`shown`."""
         return {}

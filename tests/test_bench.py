@@ -168,6 +168,6 @@ def test_steps_of_a_suites_models(monkeypatch, capsys):
     assert list(models) == ["conv", "mlp", "text"]
     (row,) = bench.step((), models["mlp"], ())
     assert row["optimizer"] == "optax.adamw"
-    assert row["params"] == 64 * 16 + 16 + 16 * 16 + 16 + 16 * 10 + 10
+    assert row["params"] == 64 * 24 + 24 + 24 * 10 + 10
     assert cli.main(["bench", "step", "--suite", "smoke", "--params", "1000000"]) == 2
     assert "give one of them" in capsys.readouterr().err

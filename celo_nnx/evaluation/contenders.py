@@ -1,4 +1,4 @@
-"""What is compared: hand-made optimizers by name, learned ones by variant, theta file or run folder."""
+"""What is compared: hand-made optimizers, learned ones by variant, theta file or run folder, a user's own."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ import optax
 
 from celo_nnx.build import build
 from celo_nnx.build import resolve as resolve_parts
-from celo_nnx.config import load, presets
+from celo_nnx.config import load, presets, run_module
 from celo_nnx.errors import UserError, unknown
 from celo_nnx.evaluation.baselines import BASELINES, SCHEDULES, Rule, lookup, trained
+from celo_nnx.evaluation.suites import file_digest
 from celo_nnx.evaluation.tuning import LIMIT
 from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.checkpoint import canonical, digest, flatten
 from celo_nnx.optimizer import LearnedOptimizer
-from celo_nnx.theta_io import load_theta, read_metadata
+from celo_nnx.theta_io import FILE_NAME, load_theta, read_metadata
 
 ADAM = "adam"  # what scores are relative to
 HAND_MADE = "hand_made"
 # Learning rates that tuning of a learned rule starts from, as of a baseline; the rate is the RMS of a step.
 LEARNED_GRID = (-7, -2)
+FILE_GRID = (-7, -1)  # of a rule of the user's, about which nothing is known
 # A learned schedule decides the rate itself: there is nothing to tune.
 OWN_GRID = (0, 0)
 
@@ -77,7 +79,7 @@ class LearnedRule:
     def __call__(self, learning_rate: Array, theta: PyTree) -> optax.GradientTransformationExtraArgs:
         """Returns the optax rule; both arguments may be traced."""
         optimizer = _built(self.parts).with_theta(theta)
-        if has_own_schedule(json.loads(self.parts)):
+        if optimizer.schedule.decides_rate:
             base = optimizer.schedule.base
 
             def rate(count: Array) -> Array:
@@ -87,6 +89,36 @@ class LearnedRule:
         return optimizer.as_optax(num_steps=self.num_steps, learning_rate=rate)
 
 
+@dataclasses.dataclass(frozen=True)
+class FileRule:
+    """An optimizer of the user's under a schedule, as a function of the learning rate.
+
+    Attributes:
+      path: the Python file, whose ``get_optimizer(learning_rate)`` gives an optax rule.
+      file: SHA-256 of its text.
+      schedule: a key of :data:`celo_nnx.evaluation.baselines.SCHEDULES`.
+      num_steps: updates of the whole run.
+    """
+
+    path: str
+    file: str
+    schedule: str
+    num_steps: int
+
+    def __call__(self, learning_rate: Array) -> optax.GradientTransformationExtraArgs:
+        """Returns the optax rule; the learning rate may be traced."""
+        rate = SCHEDULES[self.schedule](learning_rate, self.num_steps)
+        return optax.with_extra_args_support(_get_optimizer(self.path, self.file)(rate))
+
+
+@functools.lru_cache(maxsize=16)
+def _get_optimizer(path: str, file: str) -> Callable[..., optax.GradientTransformation]:
+    made = getattr(run_module(path), "get_optimizer", None)
+    if not callable(made):
+        raise UserError(f"{path} has no function get_optimizer(learning_rate)")
+    return made
+
+
 @functools.lru_cache(maxsize=16)
 def _built(parts: str) -> LearnedOptimizer:
     # The rule is first called while a program is traced: what is built must be real there.
@@ -94,17 +126,13 @@ def _built(parts: str) -> LearnedOptimizer:
         return build(json.loads(parts), jax.random.key(0), {"kind": HAND_MADE})
 
 
-def has_own_schedule(parts: Mapping[str, Any]) -> bool:
-    """Whether a learned schedule decides the learning rate, which is then not tuned."""
-    return bool(parts["rows"])
-
-
 def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Contender]:
     """Finds optimizers by what a user calls them.
 
     Args:
-      names: each a baseline (``muon``), a variant with its hand-made theta (``celo2``), or
-        ``[LABEL=]PATH`` of a theta file or a run folder, whose header says which optimizer it is for.
+      names: each a baseline (``muon``); a variant with its hand-made theta (``celo2``); or ``[LABEL=]PATH``
+        of a theta file or a run folder, whose header says which optimizer it is for, or of a Python file
+        with a function ``get_optimizer(learning_rate)``.
       weights: each ``[VARIANT=]PATH``, or ``VARIANT=hand_made``: the theta of a variant among ``names``;
         given several times for one variant, each is compared. Without ``VARIANT=`` there must be one variant.
 
@@ -118,6 +146,7 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
       >>> [c.label for c in contenders(["muon", "celo2"])]
       ['adam', 'muon', 'celo2']
     """
+    names = list(dict.fromkeys(names))
     thetas = _by_variant(names, weights)
     found = [] if ADAM in names else [baseline(ADAM)]
     for name in names:
@@ -130,15 +159,45 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
                 label = name if theta is None else f"{name}@{_stem(path)}"
                 found.append(learned(label, parts, theta))
         else:
-            label, _, path = name.rpartition("=")
-            if not _is_path(path):
-                raise unknown("optimizer", name, [*BASELINES, *_variants()])
-            found.append(learned(label or _stem(path), parts_of(path), path))
+            found.append(_from_path(name))
     labels = [c.label for c in found]
     for label in labels:
         if labels.count(label) > 1:
-            raise UserError(f"two optimizers are called {label!r}: name one of them, LABEL=PATH")
+            raise UserError(f"two optimizers would be called {label!r}: rename a file or folder of theirs")
     return found
+
+
+def _from_path(name: str) -> Contender:
+    """Returns the optimizer of ``[LABEL=]PATH``."""
+    label, _, path = name.rpartition("=")
+    if not _is_path(path):
+        raise unknown("optimizer", name, [*BASELINES, *_variants()])
+    if label in BASELINES or label in _variants():
+        raise UserError(f"{label!r} is an optimizer of its own and cannot be the label of {path}")
+    label = label or _stem(path)
+    return from_file(label, path) if path.endswith(".py") else learned(label, parts_of(path), path)
+
+
+def from_file(label: str, path: str) -> Contender:
+    """Returns an optimizer of the user's: ``get_optimizer(learning_rate)`` of a Python file.
+
+    Raises:
+      UserError: there is no such file or function.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    file = file_digest(path)
+    _get_optimizer(path, file)
+    return Contender(
+        label=label,
+        about=f"get_optimizer of {path}",
+        rule=functools.partial(FileRule, path, file),
+        context=(),
+        grid=FILE_GRID,
+        limit=LIMIT,
+        eval_params=trained,
+        config={"file": file},
+    )
 
 
 def baseline(name: str) -> Contender:
@@ -172,8 +231,9 @@ def learned(label: str, parts: Mapping[str, Any], path: str | None) -> Contender
     theta = optimizer.theta if path is None else load_theta(path, like=optimizer.theta)
     theta = jax.device_get(theta)
     of_theta = digest(flatten(theta), {})
-    own = has_own_schedule(json.loads(text))
+    own = optimizer.schedule.decides_rate
     about = "hand-made theta" if path is None else f"theta of {path}, digest {of_theta[:12]}"
+    about += _of_others(path, json.loads(text)) if path else ""
     return Contender(
         label=label,
         about=about + (", learned schedule, not tuned" if own else ""),
@@ -184,6 +244,16 @@ def learned(label: str, parts: Mapping[str, Any], path: str | None) -> Contender
         eval_params=trained,
         config={"learned": json.loads(text), "theta": of_theta},
     )
+
+
+def _of_others(path: str, parts: Mapping[str, Any]) -> str:
+    """Says in which parts the optimizer that a theta was made for differs from the one that gets it."""
+    try:
+        made_for = json.loads(read_metadata(path).get("config", "{}"))["optimizer"]
+        differ = sorted(name for name in parts if resolve_parts(made_for).get(name) != parts[name])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
+        return ", made for an optimizer that its header does not tell"
+    return f", made for an optimizer with another {', '.join(differ)}" if differ else ""
 
 
 def parts_of(path: str) -> dict[str, Any]:
@@ -228,8 +298,11 @@ def _variants() -> list[str]:
 
 
 def _is_path(text: str) -> bool:
-    return os.sep in text or text.endswith(".safetensors") or os.path.exists(text)
+    return os.sep in text or text.endswith((".safetensors", ".py")) or os.path.exists(text)
 
 
 def _stem(path: str) -> str:
-    return Path(os.path.abspath(path)).name.removesuffix(".safetensors")
+    absolute = Path(os.path.abspath(path))
+    if absolute.name == FILE_NAME:  # every run folder has one
+        absolute = absolute.parent
+    return absolute.name.removesuffix(".safetensors").removesuffix(".py")

@@ -82,19 +82,20 @@ def evaluate(
     optimizers: Sequence[str] = DEFAULT,
     *,
     weights: Sequence[str] = (),
-    folder: Path | str | None = None,
+    folder: Path | str,
     data_dir: str = "",
     skip_missing: bool = False,
+    command: str = "",
 ) -> Outcome:
     """Tunes and trains every optimizer on every task of a suite; Adam is always among them.
 
     Args:
       suite: tasks, steps, seeds.
       optimizers, weights: as :func:`celo_nnx.evaluation.contenders.contenders` takes them.
-      folder: made where it is missing, gone on with where it is one of the same suite; by default
-        ``runs/evaluate-SUITE``.
+      folder: made where it is missing, gone on with where it is one of the same suite.
       data_dir: a folder of data files, looked up first; empty for none.
       skip_missing: leave tasks out whose data are absent, and say so, instead of refusing to start.
+      command: the command line that goes on with this evaluation, for its report.
 
     Returns:
       What was done.
@@ -103,7 +104,7 @@ def evaluate(
       UserError: an unknown optimizer, missing weights or data, or a folder that holds something else.
 
     Example:
-      >>> evaluate(load_suite("smoke"), ["adam", "muon"])  # doctest: +SKIP
+      >>> evaluate(load_suite("smoke"), ["adam", "muon"], folder="runs/smoke")  # doctest: +SKIP
     """
     begin = time.monotonic()
     # Runs are spread over as many host devices as there are cores; JAX must know before its first use.
@@ -111,11 +112,12 @@ def evaluate(
     found = contenders(optimizers, weights)
     data, skipped = _read_all(suite, data_dir, skip_missing)
     plans = [p for task in data for p in _plans(suite, task, data[task], found)]
-    folder = Path(folder) if folder else Path("runs") / f"evaluate-{suite.name}"
+    folder = Path(folder)
     with _told(folder), _held(folder):
-        _note(folder, suite, found, skipped)
+        note = _note(folder, suite, found, skipped, command)
         cells = Cells(folder)
         _refuse_others(cells, plans)
+        write_evaluation(folder, note)
         left = [p for p in plans if p.key not in cells]
         progress = Progress([_work(suite, p) for p in plans if p in left], len(plans) - len(left))
         with progress:
@@ -130,19 +132,19 @@ def evaluate(
 
 def _read_all(suite: Suite, data_dir: str, skip_missing: bool) -> tuple[dict[str, str], dict[str, str]]:
     """(digests of the data by task, reasons by skipped task); all are read before the first is trained."""
-    data, skipped = {}, {}
+    data, absent = {}, {}
     for task in suite.tasks:
         try:
             data[task] = data_digest(task_family(suite, task, data_dir))
         except MissingData as error:
-            if not skip_missing:
-                raise UserError(f"{error} (--skip-missing leaves such tasks out)") from None
-            skipped[task] = str(error)
-    if not data:
+            absent[task] = str(error).replace("run.data_dir", "--data-dir")
+    if absent and not (skip_missing and data):
+        names, reason = ", ".join(absent), next(iter(absent.values()))
+        hint = " (--skip-missing leaves such tasks out)" if data and not skip_missing else ""
         raise UserError(
-            f"there are data for none of the tasks of {suite.name}: {next(iter(skipped.values()))}"
+            f"data are absent for {len(absent)} of {len(suite.tasks)} tasks, {names}: {reason}{hint}"
         )
-    return data, skipped
+    return data, absent
 
 
 def _plans(suite: Suite, task: str, data: str, found: Sequence[Contender]) -> Iterator[Plan]:
@@ -157,6 +159,7 @@ def _plans(suite: Suite, task: str, data: str, found: Sequence[Contender]) -> It
                 "optimizer": contender.config,
                 "evaluations": suite.evaluations,
                 "batches": suite.batches,
+                **({"suite_file": suite.file} if suite.file else {}),
             }
             seeds = tuple(range(suite.seeds))
             key = Key(task, contender.label, suite.schedule, steps, seeds, digest(config))
@@ -237,16 +240,19 @@ def _measured(suite: Suite, plan: Plan, family: Family, grid: Grid) -> dict[str,
     }
 
 
-def _note(folder: Path, suite: Suite, found: Sequence[Contender], skipped: Mapping[str, str]) -> None:
-    """Writes ``evaluation.json``: refuses another suite's, keeps the optimizers of an older one."""
+def _note(
+    folder: Path, suite: Suite, found: Sequence[Contender], skipped: Mapping[str, str], command: str
+) -> Evaluation:
+    """What ``evaluation.json`` is to say: refuses another suite's folder, keeps its older optimizers."""
     mine = dataclasses.asdict(suite) | {"seeds": list(range(suite.seeds))}
+    del mine["file"]
     mine = json.loads(json.dumps(mine))
     optimizers = {c.label: {"label": c.label, "about": c.about} for c in found}
     if (folder / FILE_NAME).exists():
         before = read_evaluation(folder)
         _refuse_suite(folder, mine, before.suite)
         optimizers = {o["label"]: o for o in before.optimizers} | optimizers
-    write_evaluation(folder, Evaluation(mine, tuple(optimizers.values()), dict(skipped)))
+    return Evaluation(mine, tuple(optimizers.values()), dict(skipped), command)
 
 
 def _refuse_suite(folder: Path, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -269,7 +275,7 @@ def _refuse_others(cells: Cells, plans: Sequence[Plan]) -> None:
             what = [name for name in mine if mine[name] != cell.config.get(name)]
             raise UserError(
                 f"{cells.path}: {plan.contender.label} on {plan.task} is there with another "
-                f"{' and '.join(what) or 'plan'}; name another --run-dir"
+                f"{' and '.join(what) or 'plan'}; name another --run-dir, or another label, LABEL=PATH"
             )
 
 

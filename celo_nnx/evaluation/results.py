@@ -37,11 +37,13 @@ class Evaluation:
         ``tasks``, by name the complete section of each.
       optimizers: each a ``label``, which cells carry, and what it is ``about``.
       skipped: why a task was left out, by its name.
+      command: the command line that goes on, empty where unknown.
     """
 
     suite: dict[str, Any]
     optimizers: tuple[dict[str, str], ...]
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    command: str = ""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def read_evaluation(folder: Path | str) -> Evaluation:
     if value is None:
         raise UserError(f"{folder} is not the folder of an evaluation: it holds no {FILE_NAME}")
     _check(value, str(path))
-    return Evaluation(value["suite"], tuple(value["optimizers"]), value["skipped"])
+    return Evaluation(**value | {"optimizers": tuple(value["optimizers"])})
 
 
 def _check(value: Any, where: str) -> None:
@@ -145,6 +147,7 @@ def _check(value: Any, where: str) -> None:
     demand(len(set(labels)) == len(labels), "optimizers", labels, "of different labels")
     good = isinstance(skipped, dict) and all(_name(k) and isinstance(v, str) for k, v in skipped.items())
     demand(good, "skipped", skipped, "reasons by printable name of a task")
+    demand(isinstance(value["command"], str), "command", value["command"], "a text")
 
 
 def _name(value: Any) -> bool:

@@ -18,7 +18,6 @@ from celo_nnx.evaluation.results import Entry, Results, TaskResult, load_results
 from celo_nnx.evaluation.scores import LONGEST, SMOOTHING
 from celo_nnx.evaluation.standings import Standing, standings
 from celo_nnx.evaluation.suite_words import (
-    command,
     counted,
     ends,
     letters,
@@ -107,7 +106,7 @@ def html(results: Results, ranking: Sequence[Standing]) -> str:
         finished=len(results.finished()),
         smoothing=SMOOTHING,
         longest=LONGEST,
-        command=command(results),
+        command=printable(results.evaluation.command) if results.evaluation.command else "",
         versions=versions(started),
     )
 

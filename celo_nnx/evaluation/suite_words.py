@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,13 +71,6 @@ def state(results: Results, missing: dict[str, str]) -> list[str]:
         cells = counted(results.strays, "cell")
         out.append(f"{cells} in the folder belong to none of these optimizers and tasks and were left out.")
     return out
-
-
-def command(results: Results) -> str:
-    """What goes on with an evaluation, as far as its folder tells: not where thetas came from."""
-    names = ",".join(label for label in results.evaluation.labels if "@" not in label)
-    words = ["celo-nnx", "evaluate", results.evaluation.suite["name"], "--optimizers", names]
-    return shlex.join([*words, "--run-dir", str(results.folder)])
 
 
 def table(ranking: Sequence[Standing]) -> list[str]:

@@ -7,6 +7,7 @@ Those that have names lie in ``celo_nnx.experiments.suites``.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import pkgutil
 import re
@@ -38,6 +39,8 @@ class Suite:
       evaluations: evenly spaced held-out evaluations of a run, a divisor of ``steps``.
       batches: held-out batches of a set.
       tasks: sections of tasks by name, each of exactly one family.
+      file: SHA-256 of the user's file that the suite comes from, since it is a program and may define tasks;
+        empty for a suite that has a name.
 
     Raises:
       UserError: a value out of range, or a section that is wrong or has several families.
@@ -54,6 +57,7 @@ class Suite:
     evaluations: int
     batches: int
     tasks: dict[str, dict[str, Any]]
+    file: str = ""
 
     def __post_init__(self) -> None:
         """Checks every value and completes the sections of tasks."""
@@ -71,6 +75,10 @@ class Suite:
             require(good, "name of a task", name, "letters, digits, '_' and '-'")
         tasks = {name: within(name, _complete, section) for name, section in self.tasks.items()}
         object.__setattr__(self, "tasks", tasks)
+
+
+# What a suite's config holds; its name is that of the file.
+SETTINGS = tuple(field.name for field in dataclasses.fields(Suite) if field.name not in ("name", "file"))
 
 
 def load_suite(source: str, overrides: Iterable[str] = ()) -> Suite:
@@ -95,11 +103,12 @@ def load_suite(source: str, overrides: Iterable[str] = ()) -> Suite:
     suite = _from_config(*_read(source))
     settings = dataclasses.asdict(suite)
     name = settings.pop("name")
-    config = ConfigDict(settings)
+    file = file_digest(source) if source.endswith(".py") else ""
+    config = ConfigDict({key: value for key, value in settings.items() if key != "file"})
     for key, text in configs.split_overrides(overrides):
         for one in _everywhere(config, key):
             configs.set_value(config, one, text)
-    return Suite(name=name, **config.to_dict())
+    return Suite(name=name, file=file, **config.to_dict())
 
 
 def suites() -> dict[str, str]:
@@ -132,6 +141,11 @@ def task_family(suite: Suite, name: str, data_dir: str = "") -> Family:
     return dataclasses.replace(families[0], name=name)
 
 
+def file_digest(path: str) -> str:
+    """SHA-256 of a file that the user names."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def _module(name: str) -> Any:
     return importlib.import_module(f"celo_nnx.experiments.suites.{name}")
 
@@ -151,14 +165,13 @@ def _read(source: str) -> tuple[str, ConfigDict]:
 
 def _from_config(name: str, config: ConfigDict) -> Suite:
     """Makes a suite of a config that has all of its fields and no others."""
-    fields = [field.name for field in dataclasses.fields(Suite) if field.name != "name"]
     for key, what in {"optimizer": "an optimizer variant", "kind": "a task preset"}.items():
         if key in config:
-            raise UserError(f"{name} is {what}, not a suite; a suite has {', '.join(fields)}")
+            raise UserError(f"{name} is {what}, not a suite; a suite has {', '.join(SETTINGS)}")
     for key in config:
-        if key not in fields:
-            raise unknown(f"setting of the suite {name},", key, fields)
-    for field in fields:
+        if key not in SETTINGS:
+            raise unknown(f"setting of the suite {name},", key, SETTINGS)
+    for field in SETTINGS:
         if field not in config:
             raise UserError(f"the suite {name} has no setting {field!r}")
     return Suite(name=name, **config.to_dict())

@@ -99,7 +99,7 @@ def load(name: str, *, size: int, grey: bool, data_dir: str = "") -> Data:
             f"data set {name!r} not found: {elsewhere}; put {name}.npz (arrays {npz.LAYOUT}) in a folder "
             "and set run.data_dir or CELO_NNX_DATA to it"
         )
-    raise MissingData(f"{unknown('data set', name, listing(data_dir))}; {elsewhere}")
+    raise UserError(f"{unknown('data set', name, listing(data_dir))}; {elsewhere}")
 
 
 def check_size(size: object) -> None:

@@ -122,7 +122,7 @@ def _raw(name: str, data_dir: str) -> tuple[bytes, str]:
             f"text {name!r} not found: {elsewhere}; put one in a folder and set run.data_dir or "
             "CELO_NNX_DATA to it"
         )
-    raise MissingData(f"{unknown('text', name, texts(data_dir))}; {elsewhere}")
+    raise UserError(f"{unknown('text', name, texts(data_dir))}; {elsewhere}")
 
 
 def _hub_text(name: str, elsewhere: str) -> bytes:

@@ -63,6 +63,11 @@ class AdamHyperparameters(Recurrent):
         for name, value in zip(NAMES, (learning_rate, b1, b2, eps), strict=True):
             setattr(self, name, MetaParam(stored(name, jnp.float32(value))))
 
+    @property
+    def decides_rate(self) -> bool:
+        """True: the rate is one of the hyperparameters."""
+        return True
+
     def sizes(self) -> dict[str, int]:
         return {name: 1 for name in NAMES}
 

@@ -80,6 +80,11 @@ class LstmSchedule(Recurrent):
             self.controls = Dense(hidden, controls, keys[4])
         self.step = Dense(hidden, 1, keys[5])
 
+    @property
+    def decides_rate(self) -> bool:
+        """Whether the LSTM sets the rate."""
+        return self.rate != "none"
+
     def base(self, count: Array, num_steps: Array) -> Array:
         return jnp.float32(self.value)
 

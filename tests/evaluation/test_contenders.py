@@ -35,7 +35,7 @@ def labels(*args):
 
 def test_adam_is_always_there_and_once():
     assert labels(["muon"]) == ["adam", "muon"]
-    assert labels(["muon", "adam"]) == ["muon", "adam"]
+    assert labels(["muon", "adam", "muon"]) == ["muon", "adam"]
 
 
 def test_weights_take_the_place_of_the_hand_made_theta(small, tmp_path):
@@ -52,6 +52,18 @@ def test_weights_take_the_place_of_the_hand_made_theta(small, tmp_path):
     assert hand.rule("constant", 5) == run.rule("constant", 5), "two thetas of a variant share programs"
     assert hand.config["learned"] == run.config["learned"] and hand.config["theta"] != run.config["theta"]
     assert all((x == 1).all() for x in jax.tree.leaves(run.context))
+
+
+def test_weights_made_for_another_optimizer_are_told(small):
+    parts = load("celo2_base", [*SMALL, "optimizer.weight_decay=0.1"]).optimizer.to_dict()
+    assert contenders.learned("x", parts, small).about.endswith("optimizer with another weight_decay")
+    assert "made for" not in contenders.learned("x", contenders.parts_of(small), small).about
+
+
+def test_a_rate_that_no_schedule_decides_is_tuned():
+    for name, tuned in {"celo": False, "celo_phase1": True, "nn_adam": False, "rnn_mlp": True}.items():
+        optimizer = load_optimizer(name)
+        assert optimizer.schedule.decides_rate != tuned, name
 
 
 def test_a_theta_file_says_which_optimizer_it_is_for(small):
@@ -105,8 +117,8 @@ def test_mistakes_are_one_clear_line(small, tmp_path):
         (["celo2", "celo"], [silent], f"say whose weights {silent} are"),
         (["adam"], [silent], "--optimizers names none"),
         (["celo2"], [f"celo={silent}"], "unknown variant of --weights 'celo' (did you mean 'celo2'?)"),
-        ([small, small], [], "two optimizers are called 'small': name one of them, LABEL=PATH"),
-        (["muon", "muon"], [], "two optimizers are called 'muon'"),
+        ([small, "small=" + small], [], "two optimizers would be called 'small'"),
+        ([f"muon={small}"], [], "'muon' is an optimizer of its own"),
     ]:
         with pytest.raises(UserError) as error:
             contenders.contenders(names, weights)

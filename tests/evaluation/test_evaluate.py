@@ -136,7 +136,7 @@ def test_killed_with_9_it_goes_on_without_a_repeated_cell(done, file, tmp_path):
     assert 2 <= found < 4 and row["cells"] == 4 and row["computed"] == 4 - found
     after = cells.read_bytes()
     assert after.startswith(before) and len(after.splitlines()) == 4
-    lines = ran.stderr.splitlines()
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("[")]
     assert len(lines) == 4 - found and lines[-1].startswith("[4/4] noisy: adam (4 times"), ran.stderr
     whole = {cell.key: cell for cell in Cells(done)}
     for cell in Cells(folder):  # two devices here, one there
@@ -145,17 +145,20 @@ def test_killed_with_9_it_goes_on_without_a_repeated_cell(done, file, tmp_path):
 
 
 def test_missing_data_are_named_and_skipped_only_on_request(tmp_path, monkeypatch):
-    lm = 'noisy=dict(kind="recurrent_lm", datasets=("novels",))'
+    lm = 'noisy=dict(kind="recurrent_lm", datasets=("shakespeare",))'
     (tmp_path / "more.py").write_text(SUITE.replace("noisy=dict(bowl, noise=0.1)", lm))
     suite = load_suite(str(tmp_path / "more.py"))
-    with pytest.raises(UserError, match="tasks.noisy: unknown text 'novels'.*--skip-missing"):
+    with pytest.raises(
+        UserError,
+        match="absent for 1 of 2 tasks, noisy: tasks.noisy: text 'shakespeare' not.*--data-dir.*--skip-missing",
+    ):
         evaluate(suite, ["adam"], folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()
     monkeypatch.setitem(LONGER, "constant", ())  # for less to compile
     outcome = evaluate(suite, ["adam"], folder=tmp_path / "a", skip_missing=True)
     assert list(outcome.skipped) == ["noisy"] and outcome.cells == 1
     evaluation = read_evaluation(tmp_path / "a")
-    assert evaluation.tasks == ("bowl",) and "novels" in evaluation.skipped["noisy"]
+    assert evaluation.tasks == ("bowl",) and "shakespeare" in evaluation.skipped["noisy"]
 
 
 def test_a_folder_of_something_else_is_left_alone(done, file, tmp_path):
@@ -175,8 +178,38 @@ def test_a_folder_of_something_else_is_left_alone(done, file, tmp_path):
 def test_a_label_stands_for_one_optimizer(done, file, monkeypatch):
     other = dataclasses.replace(baseline("sgd"), config={"baseline": "sgd", "about": "with momentum"})
     monkeypatch.setattr(module, "contenders", lambda names, weights: [baseline("adam"), other])
-    with pytest.raises(UserError, match=r"sgd on bowl is there with another optimizer; name another"):
+    with pytest.raises(
+        UserError,
+        match=r"sgd on bowl is there with another optimizer; name another --run-dir, or another label",
+    ):
         evaluate(load_suite(file), ["sgd"], folder=done)
+
+
+def test_a_changed_suite_file_is_another_suite(done, tmp_path):
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", done, folder], check=True)
+    (tmp_path / "bowls.py").write_text(SUITE + "\n# changed\n")
+    before = (folder / "evaluation.json").read_bytes()
+    with pytest.raises(UserError, match="adam on bowl is there with another suite_file"):
+        evaluate(load_suite(str(tmp_path / "bowls.py")), ["sgd", "lion"], folder=folder)
+    assert (folder / "evaluation.json").read_bytes() == before, "a refused command changes nothing"
+
+
+def test_an_optimizer_of_ones_own(done, file, tmp_path):
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", done, folder], check=True)
+    own = tmp_path / "own.py"
+    own.write_text("import optax\ndef get_optimizer(learning_rate):\n    return optax.sgd(learning_rate)\n")
+    assert evaluate(load_suite(file), ["sgd", str(own)], folder=folder).computed == 2
+    mine, theirs = (
+        next(c for c in Cells(folder) if (c.task, c.optimizer) == ("bowl", name)) for name in ("own", "sgd")
+    )
+    i, j = (c.learning_rates.index(min(c.learning_rates, key=lambda r: abs(r - 0.1))) for c in (mine, theirs))
+    losses = Cells(folder).curves(mine).losses[i], Cells(folder).curves(theirs).losses[j]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    own.write_text(own.read_text().replace("sgd", "lion"))
+    with pytest.raises(UserError, match="own on bowl is there with another optimizer"):
+        evaluate(load_suite(file), [str(own)], folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +219,10 @@ def test_a_label_stands_for_one_optimizer(done, file, monkeypatch):
         (["smoke", "--seeds", "0"], "seeds = 0 is out of range"),
         (["smoke", "--optimizers", "adam,munon"], "did you mean 'muon'"),
         (["smoke", "step=4"], "step"),
+        (["smoke", "--optimizers", "sgd", "steps=0"], "steps = 0 is out of range"),
+        (["smoke", "--optimizers", "absent.py"], "no file absent.py"),
+        (["smoke", "--optimizers", "sgd=x.py"], "'sgd' is an optimizer of its own"),
+        (["celo17_local"], "data are absent for"),
         (["smoke", "--optimizers", "celo2", "--weights", "no.safetensors"], "no weights at no.safetensors"),
         (["celo2"], "not a suite"),
     ],
