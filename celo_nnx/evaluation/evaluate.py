@@ -34,17 +34,14 @@ from celo_nnx.evaluation.page import number
 from celo_nnx.evaluation.progress import Progress
 from celo_nnx.evaluation.report import versions
 from celo_nnx.evaluation.results import FILE_NAME, Evaluation, read_evaluation, write_evaluation
-from celo_nnx.evaluation.scores import LONGEST
+from celo_nnx.evaluation.scores import adam_steps
 from celo_nnx.evaluation.suites import Suite, task_family
 from celo_nnx.evaluation.tuning import Grid, search
 from celo_nnx.interfaces import Family
 from celo_nnx.meta.checkpoint import data_digest
 
 DEFAULT = (ADAM, "muon", "celo2")  # optimizers
-# Adam's runs that its envelope is made of, in multiples of the suite's steps. With a constant learning rate a
-# long run passes through all shorter ones; one that decays with the run does not.
-LONGER = {"constant": (LONGEST,), "cosine": (2, LONGEST)}
-AROUND = 1  # half-decades on either side of Adam's best rate that longer runs are tuned over, and widened
+AROUND = 1  # half-decades on either side of Adam's best rate that other lengths are tuned over, and widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +145,12 @@ def _read_all(suite: Suite, data_dir: str, skip_missing: bool) -> tuple[dict[str
 
 
 def _plans(suite: Suite, task: str, data: str, found: Sequence[Contender]) -> Iterator[Plan]:
-    """The cells of a task: each optimizer at K steps, and Adam beyond."""
+    """The cells of a task: each optimizer at K steps, and Adam at the lengths of its envelope, K first."""
     for contender in found:
-        longer = LONGER[suite.schedule] if contender.label == ADAM else ()
-        for times in (1, *longer):
-            steps = times * suite.steps
+        lengths = (suite.steps,)
+        if contender.label == ADAM:
+            lengths = adam_steps(suite.schedule, suite.steps)
+        for steps in lengths:
             config = {
                 "task": suite.tasks[task],
                 "data": data,
@@ -174,8 +172,7 @@ def _compute(suite: Suite, plan: Plan, family: Family, cells: Cells) -> Cell:
         sets = {name: getattr(family, name) for name in ("validation", "test") if getattr(family, name)}
         options["held_out"] = HeldOut(sets, suite.steps // suite.evaluations, suite.batches)
     else:
-        shorter = dataclasses.replace(plan.key, steps=suite.steps)
-        options["grid"] = _around(cells[shorter])
+        options["grid"] = _around(cells[dataclasses.replace(plan.key, steps=suite.steps)])
     grid = search(
         contender.rule(suite.schedule, plan.steps),
         family.task,
@@ -205,7 +202,7 @@ def _compute(suite: Suite, plan: Plan, family: Family, cells: Cells) -> Cell:
 
 
 def _around(cell: Cell) -> tuple[int, int]:
-    """The grid of longer runs: a few half-decades around the best of the shorter ones."""
+    """The grid of other lengths: a few half-decades around the best rate for K."""
     best = round(2 * math.log10(cell.learning_rates[cell.training]))
     return best - AROUND, best + AROUND
 
@@ -311,8 +308,8 @@ def _work(suite: Suite, plan: Plan) -> float:
 
 
 def _length(suite: Suite, plan: Plan) -> str:
-    times = plan.steps // suite.steps
-    return f" ({times} times the steps)" if times > 1 else ""
+    times = plan.steps / suite.steps
+    return f" ({times:.3g} times the steps)" if plan.steps != suite.steps else ""
 
 
 def _told_cell(suite: Suite, plan: Plan, cell: Cell, cells: Cells) -> str:

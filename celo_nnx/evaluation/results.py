@@ -22,7 +22,6 @@ from celo_nnx.files import read_json, told, write_json
 
 FILE_NAME = "evaluation.json"
 ADAM = "adam"  # the label that all are scored against
-LENGTHS = (1, 2, scores.LONGEST)  # of Adam's runs, in K steps
 NOT_YET = "not yet run"
 POINTS = 240  # of a smoothed curve that is kept
 MOST = 4096  # optimizers and tasks of an evaluation
@@ -129,6 +128,8 @@ def _check(value: Any, where: str) -> None:
     fields(suite, names, "missing or unknown fields of suite")
     for name in ("name", "schedule"):
         demand(_name(suite[name]), f"suite.{name}", suite[name], "a printable text that is not empty")
+    known = suite["schedule"] in scores.LENGTHS
+    demand(known, "suite.schedule", suite["schedule"], f"one of {', '.join(scores.LENGTHS)}")
     for name in ("steps", "evaluations", "batches"):
         demand(_whole(suite[name], 1), f"suite.{name}", suite[name], "an integer >= 1")
     seeds, tasks = suite["seeds"], suite["tasks"]
@@ -214,9 +215,9 @@ class TaskResult:
     Attributes:
       name: in the suite.
       floor: the least loss, None where unknown.
-      cap: the largest speedup that Adam's runs can show, 0 without them.
+      cap: the largest speedup that Adam's runs can show, 0 until those of all lengths are there.
       entries: by label, of the optimizers that have run, in the evaluation's order.
-      longer: Adam's longer runs.
+      longer: Adam's runs of other lengths than K, longer and, where the learning rate decays, shorter.
       note: empty, or why there are no final-loss scores although Adam has run.
     """
 
@@ -247,13 +248,12 @@ class Results:
     def missing(self) -> dict[str, str]:
         """Returns what keeps a task out of the aggregates, by its name: runs to be done, or no scores."""
         labels, out = self.evaluation.labels, {}
-        cap = max((task.cap for task in self.tasks), default=0.0)
         for task in self.tasks:
             absent = [label for label in labels if label not in task.entries]
             if absent:
                 out[task.name] = f"{NOT_YET}: {', '.join(absent)}"
-            elif ADAM in labels and task.cap < cap:
-                out[task.name] = f"{NOT_YET}: adam's longer runs"
+            elif ADAM in labels and not task.cap:
+                out[task.name] = f"{NOT_YET}: adam's runs of other lengths"
             elif task.note:
                 out[task.name] = task.note
         return out
@@ -302,8 +302,9 @@ def _table(cells: Cells, evaluation: Evaluation) -> _Table:
     """The cells that belong to the evaluation, by task, label and steps."""
     suite, table = evaluation.suite, {}
     steps, seeds = suite["steps"], tuple(suite["seeds"])
+    lengths_of_adam = scores.adam_steps(suite["schedule"], steps)
     for cell in cells:
-        lengths = {n * steps for n in LENGTHS} if cell.optimizer == ADAM else {steps}
+        lengths = lengths_of_adam if cell.optimizer == ADAM else (steps,)
         known = cell.task in evaluation.tasks and cell.optimizer in evaluation.labels
         if not known or cell.steps not in lengths:
             continue
@@ -318,9 +319,10 @@ def _table(cells: Cells, evaluation: Evaluation) -> _Table:
 
 
 def _task(cells: Cells, evaluation: Evaluation, name: str, table: _Table) -> TaskResult:
-    steps = evaluation.suite["steps"]
+    steps, schedule = evaluation.suite["steps"], evaluation.suite["schedule"]
     own = {label: table[name, label, steps] for label in evaluation.labels if (name, label, steps) in table}
-    longer = [table[name, ADAM, n * steps] for n in LENGTHS[1:] if (name, ADAM, n * steps) in table]
+    _, *others = scores.adam_steps(schedule, steps)
+    longer = [table[name, ADAM, n] for n in others if (name, ADAM, n) in table]
     floors = {cell.floor for cell in own.values()}
     if len(floors) > 1:
         raise UserError(f"{cells.path}: the cells of {ascii(name)} have different floors: {floors}")
@@ -329,7 +331,8 @@ def _task(cells: Cells, evaluation: Evaluation, name: str, table: _Table) -> Tas
     if ADAM not in entries:
         return TaskResult(name, floor, 0.0, entries, tuple(longer), "")
     runs = [cells.curves(cell).losses for cell in (own[ADAM], *longer)]
-    envelope = scores.envelope(runs, steps)
+    make = scores.envelope if schedule == "constant" else scores.envelope_of_ends
+    envelope = make(runs, steps)
     adam, note = entries[ADAM].training.final, ""
     for label, entry in entries.items():
         speedup, at_least = scores.speedup(entry.training.final, envelope, steps)
@@ -338,7 +341,8 @@ def _task(cells: Cells, evaluation: Evaluation, name: str, table: _Table) -> Tas
         except UserError as error:
             score, note = None, str(error)
         entries[label] = dataclasses.replace(entry, score=score, speedup=speedup, at_least=at_least)
-    return TaskResult(name, floor, len(envelope) / steps, entries, tuple(longer), note)
+    cap = len(envelope) / steps if len(longer) == len(others) else 0.0
+    return TaskResult(name, floor, cap, entries, tuple(longer), note)
 
 
 def _entry(cells: Cells, cell: Cell) -> Entry:

@@ -15,7 +15,7 @@ import numpy as np
 from celo_nnx.errors import UserError, printable
 from celo_nnx.evaluation import page, plots, suite_csv, suite_plots
 from celo_nnx.evaluation.results import Entry, Results, TaskResult, load_results
-from celo_nnx.evaluation.scores import LONGEST, SMOOTHING
+from celo_nnx.evaluation.scores import LENGTHS, LONGEST, SMOOTHING
 from celo_nnx.evaluation.standings import Standing, standings
 from celo_nnx.evaluation.suite_words import (
     counted,
@@ -106,6 +106,7 @@ def html(results: Results, ranking: Sequence[Standing]) -> str:
         finished=len(results.finished()),
         smoothing=SMOOTHING,
         longest=LONGEST,
+        lengths=[f"{times:.3g}" for times in LENGTHS[suite["schedule"]]],
         command=printable(results.evaluation.command) if results.evaluation.command else "",
         versions=versions(started),
     )

@@ -21,8 +21,9 @@ from celo_nnx.evaluation.baselines import Rule
 from celo_nnx.evaluation.cells import Cells
 from celo_nnx.evaluation.contenders import baseline
 from celo_nnx.evaluation.curves import train_runs
-from celo_nnx.evaluation.evaluate import LONGER, evaluate
-from celo_nnx.evaluation.results import read_evaluation
+from celo_nnx.evaluation.evaluate import evaluate
+from celo_nnx.evaluation.results import load_results, read_evaluation
+from celo_nnx.evaluation.scores import LENGTHS
 from celo_nnx.evaluation.suites import load_suite, task_family
 
 SUITE = '''
@@ -106,12 +107,19 @@ def test_the_same_command_computes_nothing_and_others_add(done, file, tmp_path):
     assert read_evaluation(folder).labels == ("adam", "sgd", "lion")
 
 
-def test_a_schedule_that_ends_with_the_run_has_adam_runs_of_each_length(tmp_path):
+def test_a_schedule_that_ends_with_the_run_has_adam_runs_of_each_length(tmp_path, capsys):
     (tmp_path / "one.py").write_text(SUITE.replace(", noisy=dict(bowl, noise=0.1)", ""))
     suite = load_suite(str(tmp_path / "one.py"), ["schedule=cosine"])
     evaluate(suite, ["adam"], folder=tmp_path / "cosine")
-    steps = sorted(c.steps for c in Cells(tmp_path / "cosine") if c.task == "bowl")
-    assert steps == [20, 40, 80] and LONGER["cosine"] == (2, 4)
+    told = capsys.readouterr().err
+    cells = {cell.steps: cell for cell in Cells(tmp_path / "cosine")}
+    # K comes first: the others' rates are tried around its best.
+    assert list(cells) == [20, 5, 10, 14, 28, 40, 57, 80]
+    best = cells[20].learning_rates[cells[20].training]
+    assert all(np.isclose(cell.learning_rates, best).any() for cell in cells.values())
+    for words in ("bowl: adam  loss", *(f"bowl: adam ({n} times the steps)  loss" for n in (0.25, 0.7, 4))):
+        assert told.count(words) == 1, told
+    assert load_results(tmp_path / "cosine").missing() == {}
 
 
 def test_killed_with_9_it_goes_on_without_a_repeated_cell(done, file, tmp_path):
@@ -150,11 +158,11 @@ def test_missing_data_are_named_and_skipped_only_on_request(tmp_path, monkeypatc
     suite = load_suite(str(tmp_path / "more.py"))
     with pytest.raises(
         UserError,
-        match="absent for 1 of 2 tasks, noisy: tasks.noisy: text 'shakespeare' not.*--data-dir.*--skip-missing",
+        match="1 of 2 tasks, noisy: .*'shakespeare' not.*--data-dir.*--skip-missing",
     ):
         evaluate(suite, ["adam"], folder=tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    monkeypatch.setitem(LONGER, "constant", ())  # for less to compile
+    monkeypatch.setitem(LENGTHS, "constant", (1,))  # for less to compile
     outcome = evaluate(suite, ["adam"], folder=tmp_path / "a", skip_missing=True)
     assert list(outcome.skipped) == ["noisy"] and outcome.cells == 1
     evaluation = read_evaluation(tmp_path / "a")
@@ -180,7 +188,7 @@ def test_a_label_stands_for_one_optimizer(done, file, monkeypatch):
     monkeypatch.setattr(module, "contenders", lambda names, weights: [baseline("adam"), other])
     with pytest.raises(
         UserError,
-        match=r"sgd on bowl is there with another optimizer; name another --run-dir, or another label",
+        match=r"sgd on bowl is there with another optimizer; name another",
     ):
         evaluate(load_suite(file), ["sgd"], folder=done)
 

@@ -168,13 +168,38 @@ def test_an_evaluation_under_way(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "0" / "cells.jsonl").exists()
 
 
-def test_a_task_waits_for_adams_longer_runs(copy: Path) -> None:
+def test_a_task_waits_for_adams_runs_of_other_lengths(copy: Path) -> None:
     lines = (copy / "cells.jsonl").read_text().splitlines(keepends=True)
     lines.pop(9)  # Adam's 4 K steps on the last task
     (copy / "cells.jsonl").write_text("".join(lines))
     results = load_results(copy)
-    assert results.missing() == {"hard": "not yet run: adam's longer runs"}
-    assert results.tasks[2].cap == 1.0 and results.tasks[2].entries["fast"].at_least.all()
+    assert results.missing() == {"hard": "not yet run: adam's runs of other lengths"}
+    assert results.tasks[2].cap == 0.0 and results.tasks[2].entries["fast"].at_least.all()
+
+
+def test_under_a_decaying_rate_speedups_are_read_from_the_ends_of_adams_runs(tmp_path: Path) -> None:
+    plan = made.suite(("smooth",), schedule="cosine")
+    write_evaluation(tmp_path, Evaluation(plan, tuple({"label": x, "about": ""} for x in ("adam", "fast"))))
+    cells = Cells(tmp_path)
+
+    def decaying(at: np.ndarray, rate: float, seed: int, pace: float = 1.0) -> np.ndarray:
+        """Falls as a power of the steps, and is doubled by a rate that has not decayed yet."""
+        level = 1 + abs(np.log10(rate / 0.1)) + 0.01 * seed
+        return level * (2 - at / at[-1]) * (pace * at) ** -0.4
+
+    made.add(cells, "smooth", "adam", made.grid(decaying), schedule="cosine")
+    fast = made.grid(lambda at, rate, seed: decaying(at, rate, seed, pace=1.7))
+    made.add(cells, "smooth", "fast", fast, schedule="cosine")
+    for steps in (50, 100, 141, 283, 400, 566, 800):
+        results = load_results(tmp_path)
+        assert results.missing() == {"smooth": "not yet run: adam's runs of other lengths"}
+        assert results.tasks[0].cap == 0.0
+        made.add(cells, "smooth", "adam", made.grid(decaying, steps), schedule="cosine")
+    results = load_results(tmp_path)
+    [task] = results.finished()
+    assert task.cap == 4.0 and results.strays == 0 and [c.steps for c in task.longer][-1] == 800
+    assert task.entries["adam"].speedup[1] == 1.0  # of the median seed
+    assert task.entries["fast"].speedup[1] == pytest.approx(1.7, rel=0.02)
 
 
 def test_without_adam_there_are_losses_only(tmp_path: Path) -> None:
@@ -231,7 +256,7 @@ CHANGES: dict[str, Any] = {
     "suite": 3,
     "suite.name": "a\nb",
     "suite.steps": 10**400,
-    "suite.schedule": "",
+    "suite.schedule": "linear",
     "suite.seeds": [0, 0, 1],
     "suite.evaluations": True,
     "suite.batches": 0.5,

@@ -249,13 +249,13 @@ def test_without_adam_there_are_losses(tmp_path: Path) -> None:
 
 
 def test_any_text_is_escaped(tmp_path: Path) -> None:
-    plan = made.suite((), name=NASTY, schedule="<i>") | {"tasks": {NASTY: {}, "_a": {NASTY: NASTY}}}
+    plan = made.suite((), name=NASTY) | {"tasks": {NASTY: {}, "_a": {NASTY: NASTY}}}
     optimizers = tuple(
         {"label": label, "about": NASTY + "\ud800\x1b"} for label in ("adam", NASTY, "_hidden")
     )
     write_evaluation(tmp_path, Evaluation(plan, optimizers, {"<b>": NASTY}))
     cells = Cells(tmp_path)
-    texts = dict(schedule="<i>", config={NASTY: "\ud800"}, versions={NASTY: NASTY}, measured={NASTY: 1.0})
+    texts = dict(config={NASTY: "\ud800"}, versions={NASTY: NASTY}, measured={NASTY: 1.0})
     for task in (NASTY, "_a"):
         made.add(cells, task, "adam", made.grid(made.falling, 4 * made.STEPS), **texts)
         for label in ("adam", NASTY, "_hidden"):
