@@ -14,7 +14,7 @@ from celo_nnx.evaluation.results import Evaluation, write_evaluation
 
 STEPS, SEEDS = 200, (0, 1, 2)
 RATES = (0.001, 0.01, 0.1, 1.0)
-VERSIONS = {"python": "3.12.0", "jax": "0.10.2", "machine": "2 x cpu"}
+VERSIONS = {"python": "3.12.0", "jax": "0.10.2", "devices": "2 x cpu"}
 ABOUT = {"adam": "betas 0.9, 0.999", "fast": "theta of runs/a, digest 12ab", "bad": "noisy"}
 
 

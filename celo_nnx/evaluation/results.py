@@ -22,6 +22,7 @@ from celo_nnx.files import read_json, told, write_json
 
 FILE_NAME = "evaluation.json"
 ADAM = "adam"  # the label that all are scored against
+DEVICES = "devices"  # the name among a cell's versions
 NOT_YET = "not yet run"
 POINTS = 240  # of a smoothed curve that is kept
 MOST = 4096  # optimizers and tasks of an evaluation
@@ -245,9 +246,20 @@ class Results:
     tasks: tuple[TaskResult, ...]
     strays: int
 
+    def under_way(self) -> dict[str, int]:
+        """Returns the optimizers that others wait for no longer, with how many tasks each has finished.
+
+        They have finished fewer tasks than the one that is furthest, less one. Adam, which all are scored
+        against, is never among them.
+        """
+        done = {label: sum(label in task.entries for task in self.tasks) for label in self.evaluation.labels}
+        enough = max(done.values()) - 1
+        return {label: count for label, count in done.items() if count < enough and label != ADAM}
+
     def missing(self) -> dict[str, str]:
         """Returns what keeps a task out of the aggregates, by its name: runs to be done, or no scores."""
-        labels, out = self.evaluation.labels, {}
+        behind, out = self.under_way(), {}
+        labels = [label for label in self.evaluation.labels if label not in behind]
         for task in self.tasks:
             absent = [label for label in labels if label not in task.entries]
             if absent:
@@ -259,7 +271,7 @@ class Results:
         return out
 
     def finished(self) -> tuple[TaskResult, ...]:
-        """Returns the tasks that all optimizers have finished, over which is aggregated."""
+        """Returns the tasks, over which is aggregated, that all have finished but those under way."""
         missing = self.missing()
         return tuple(task for task in self.tasks if task.name not in missing)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from celo_nnx.evaluation import aggregates
 from celo_nnx.evaluation.aggregates import Estimate
-from celo_nnx.evaluation.results import ADAM, Results, TaskResult
+from celo_nnx.evaluation.results import ADAM, DEVICES, Results, TaskResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,12 @@ class Standing:
       diverged: how many of them.
       score: aggregates of the final-loss scores, by name of the statistic.
       speedup: aggregates of the speedups.
+      faster: IQM of the speedups less that of Adam's own, which is below 1; None for Adam. Both are against
+        the same envelope, so that most of its noise and bias cancel.
       at_least: how many speedups are only lower bounds.
       improvement: probability that a run's final-loss score is above Adam's; None for Adam.
-      step_time: of a step, as a multiple of Adam's, median over tasks; NaN where it was not measured.
+      step_time: of a step, as a multiple of Adam's, median over the tasks on which both ran on the same
+        devices; NaN where it was not measured.
       state: bytes of state, as a multiple of Adam's, median over tasks; NaN where it was not measured.
     """
 
@@ -37,6 +40,7 @@ class Standing:
     diverged: int
     score: dict[str, Estimate]
     speedup: dict[str, Estimate]
+    faster: Estimate | None
     at_least: int
     improvement: Estimate | None
     step_time: float
@@ -55,19 +59,21 @@ def standings(results: Results) -> list[Standing]:
       results: of which the finished tasks count.
 
     Returns:
-      One an optimizer; none without Adam or finished tasks.
+      One an optimizer that is not under way; none without Adam or finished tasks.
 
     Example:
       >>> standings(load_results("runs/smoke"))[0].label  # doctest: +SKIP
       'celo2'
     """
-    tasks = results.finished()
+    tasks, behind = results.finished(), results.under_way()
     if not tasks or ADAM not in results.evaluation.labels:
         return []
-    adam = results.matrix(ADAM, "score")
+    adam, own = results.matrix(ADAM, "score"), results.matrix(ADAM, "speedup")
     out = []
     for place, optimizer in enumerate(results.evaluation.optimizers):
         label = optimizer["label"]
+        if label in behind:
+            continue
         score, speedup = results.matrix(label, "score"), results.matrix(label, "speedup")
         at_least = int(results.matrix(label, "at_least").sum())
         finals = np.stack([task.entries[label].training.final for task in tasks])
@@ -79,13 +85,21 @@ def standings(results: Results) -> list[Standing]:
             diverged=int((~np.isfinite(finals)).sum()),
             score={name: aggregates.aggregate(score, name) for name in aggregates.STATISTICS},
             speedup={name: aggregates.aggregate(speedup, name) for name in aggregates.STATISTICS},
+            faster=None if label == ADAM else aggregates.difference(speedup, own),
             at_least=at_least,
             improvement=None if label == ADAM else aggregates.improvement(score, adam),
-            step_time=_relative(tasks, label, "step_seconds"),
+            step_time=_relative(
+                [task for task in tasks if _same_devices(task, label)], label, "step_seconds"
+            ),
             state=_relative(tasks, label, "state_bytes"),
         )
         out.append(standing)
     return sorted(out, key=lambda standing: -standing.score["iqm"].value)
+
+
+def _same_devices(task: TaskResult, label: str) -> bool:
+    own, adam = (task.entries[x].cell.versions.get(DEVICES) for x in (label, ADAM))
+    return own == adam
 
 
 def _relative(tasks: Sequence[TaskResult], label: str, name: str) -> float:

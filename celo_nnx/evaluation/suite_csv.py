@@ -19,6 +19,8 @@ RUNS = (
     "seed",
     "learning_rate",
     "final_loss",
+    "validation_loss",
+    "test_loss",
     "score",
     "speedup",
     "speedup_is_lower_bound",
@@ -31,6 +33,9 @@ OPTIMIZERS = (
     "runs",
     "diverged",
     *(f"{name}{end}" for name in _ESTIMATES for end in ("", "_low", "_high")),
+    "speedup_iqm_less_adams",
+    "speedup_iqm_less_adams_low",
+    "speedup_iqm_less_adams_high",
     "speedup_lower_bounds",
     "improvement_over_adam",
     "improvement_over_adam_low",
@@ -42,14 +47,15 @@ OPTIMIZERS = (
 
 
 def mark(columns: Sequence[str]) -> bytes:
-    """What such a file begins with, which tells one of ours."""
-    return ",".join(columns).encode()
+    """What such a file begins with, which tells one of ours; an older one may have fewer columns."""
+    return ",".join(columns[:4]).encode()
 
 
 def runs(results: Results) -> str:
     """The runs at the learning rates that training losses chose: optimizer by task by seed.
 
-    A diverged run's final loss is ``inf``; a score that there is not is empty.
+    A diverged run's final losses are ``inf``; a score that there is not is empty, and so is a held-out loss
+    where the task has no such set.
     """
     rows = []
     for label in results.evaluation.labels:
@@ -57,12 +63,13 @@ def runs(results: Results) -> str:
             entry = task.entries.get(label)
             if entry is None:
                 continue
-            columns = (entry.score, entry.speedup, entry.at_least)
+            held_out = (entry.training.held_out.get(name) for name in ("validation", "test"))
+            columns = (*held_out, entry.score, entry.speedup, entry.at_least)
             for i, seed in enumerate(entry.cell.seeds):
                 final = float(entry.training.final[i])
-                score, speedup, at_least = (None if c is None else c[i].item() for c in columns)
-                row = [label, task.name, seed, entry.training.learning_rate, final, score, speedup]
-                rows.append([*row, at_least, not np.isfinite(final)])
+                row = [label, task.name, seed, entry.training.learning_rate, final]
+                row += [None if c is None else c[i].item() for c in columns]
+                rows.append([*row, not np.isfinite(final)])
     return _text(RUNS, rows)
 
 
@@ -74,7 +81,8 @@ def optimizers(results: Results, ranking: Sequence[Standing]) -> str:
         for kind in (standing.score, standing.speedup):
             for name in STATISTICS:
                 row += _three(kind[name])
-        row += [standing.at_least, *_three(standing.improvement), standing.step_time, standing.state]
+        row += [*_three(standing.faster), standing.at_least, *_three(standing.improvement)]
+        row += [standing.step_time, standing.state]
         rows.append([*(None if x != x else x for x in row), standing.about])
     return _text(OPTIMIZERS, rows)
 

@@ -27,7 +27,7 @@ from celo_nnx.evaluation.plots import (
     rates_scales,
     style,
 )
-from celo_nnx.evaluation.results import Results, TaskResult
+from celo_nnx.evaluation.results import ADAM, Results, TaskResult
 from celo_nnx.evaluation.standings import Standing
 
 BANDS = 8  # the most optimizers whose ranges and intervals are drawn
@@ -138,7 +138,8 @@ def dots_figure(ranking: Sequence[Standing]) -> Figure:
         if min(ends) > 0 and max(ends) >= 10 * min(ends):
             axes.set_xscale("log")
             plain_numbers(axes.xaxis)
-        axes.axvline(1.0, color=INK, alpha=0.35, linewidth=0.8)
+        own = next((e.value for s, e in zip(ranking, found, strict=True) if s.label == ADAM), 1.0)
+        axes.axvline(own, color=INK, alpha=0.35, linewidth=0.8)
         for standing, estimate, y in zip(ranking, found, places, strict=True):
             _dot(axes, standing, estimate.value, estimate.low, estimate.high, y)
         axes.grid(False, axis="y")

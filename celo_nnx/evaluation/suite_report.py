@@ -14,7 +14,7 @@ import numpy as np
 
 from celo_nnx.errors import UserError, printable
 from celo_nnx.evaluation import page, plots, suite_csv, suite_plots
-from celo_nnx.evaluation.results import Entry, Results, TaskResult, load_results
+from celo_nnx.evaluation.results import ADAM, Entry, Results, TaskResult, load_results
 from celo_nnx.evaluation.scores import LENGTHS, LONGEST, SMOOTHING
 from celo_nnx.evaluation.standings import Standing, standings
 from celo_nnx.evaluation.suite_words import (
@@ -85,10 +85,11 @@ def html(results: Results, ranking: Sequence[Standing]) -> str:
     missing = results.missing()
     started = [task for task in results.tasks if task.entries]
     warnings = {task.name: warned(task) for task in started}
+    made_with, rows = versions(started), [score_row(standing) for standing in ranking]
     return page.render(
         "suite_report.html",
         title=f"Evaluation {suite['name']}",
-        summary=[*verdict(results, ranking), *state(results, missing)],
+        summary=[*verdict(results, ranking), *state(results, missing, made_with)],
         warned=sum(map(len, warnings.values())),
         skipped=[(name, printable(reason)) for name, reason in results.evaluation.skipped.items()],
         missing=missing,
@@ -97,7 +98,7 @@ def html(results: Results, ranking: Sequence[Standing]) -> str:
             (o["label"], printable(o["about"]) if o["about"] else "") for o in results.evaluation.optimizers
         ],
         notes={e.note for standing in ranking for e in standing.score.values() if e.note},
-        rows=[score_row(standing) for standing in ranking],
+        rows=rows,
         figures=figures(results, ranking),
         strips=strips(started, labels),
         tasks=[task_section(task, labels, warnings[task.name], i) for i, task in enumerate(started)],
@@ -108,7 +109,8 @@ def html(results: Results, ranking: Sequence[Standing]) -> str:
         longest=LONGEST,
         lengths=[f"{times:.3g}" for times in LENGTHS[suite["schedule"]]],
         command=printable(results.evaluation.command) if results.evaluation.command else "",
-        versions=versions(started),
+        versions={name: "; ".join(values) for name, values in made_with.items()},
+        own=next((row["speedup"] for row in rows if row["name"] == ADAM), ""),
     )
 
 
@@ -116,7 +118,7 @@ def score_row(standing: Standing) -> dict[str, Any]:
     """One row of the score table, as text."""
     ratio = lambda x: f"{x:.3g} ×" if math.isfinite(x) else "-"  # noqa: E731
     at_least = "≥ " if standing.bounded else ""
-    improvement = standing.improvement
+    improvement, faster = standing.improvement, standing.faster
     return {
         "name": standing.label,
         "score": shown(standing.score["iqm"].value),
@@ -125,6 +127,8 @@ def score_row(standing: Standing) -> dict[str, Any]:
         "mean": shown(standing.score["mean"].value),
         "speedup": at_least + shown(standing.speedup["iqm"].value),
         "speedup_ends": ends(standing.speedup["iqm"]),
+        "faster": "-" if faster is None else at_least + shown(faster.value),
+        "faster_ends": "" if faster is None else ends(faster),
         "at_least": f"{100 * standing.at_least / standing.runs:.0f} %",
         "improvement": "-" if improvement is None else f"{improvement.value:.2f}",
         "improvement_ends": "" if improvement is None else ends(improvement),
@@ -236,11 +240,11 @@ def warned(task: TaskResult) -> list[str]:
     return out
 
 
-def versions(tasks: Sequence[TaskResult]) -> list[tuple[str, str]]:
-    """Libraries and machines that made the cells, by name; several where they differ."""
+def versions(tasks: Sequence[TaskResult]) -> dict[str, list[str]]:
+    """Libraries and machines that made the cells, by name; several values where they differ."""
     found: dict[str, dict[str, None]] = {}
     cells = [entry.cell for task in tasks for entry in task.entries.values()]
     for cell in [*cells, *(cell for task in tasks for cell in task.longer)]:
         for name, version in cell.versions.items():
             found.setdefault(name, {})[version] = None
-    return [(printable(name), "; ".join(map(printable, values))) for name, values in found.items()]
+    return {printable(name): [printable(value) for value in values] for name, values in found.items()}

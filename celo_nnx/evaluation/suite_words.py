@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from celo_nnx.evaluation.aggregates import Estimate
-from celo_nnx.evaluation.results import ADAM, NOT_YET, Entry, Results
-from celo_nnx.evaluation.scores import LONGEST
+from celo_nnx.evaluation.aggregates import FEWEST, Estimate
+from celo_nnx.evaluation.results import ADAM, DEVICES, NOT_YET, Entry, Results
 from celo_nnx.evaluation.standings import Standing
 
 
@@ -27,10 +26,10 @@ def verdict(results: Results, ranking: Sequence[Standing]) -> list[str]:
         return [f"{over}, adam alone was evaluated; all are scored against it, so its scores are 1."]
     best = others[0]
     fastest = max(others, key=lambda standing: standing.speedup["iqm"].value)
-    score, speedup = best.score["iqm"], fastest.speedup["iqm"]
-    of_losses = against(best.label, score, "ends at lower losses", "ends at higher losses")
-    of_steps = against(fastest.label, speedup, "needs fewer steps", "needs more steps")
-    words = interval(score), interval(speedup, fastest.bounded)
+    score, faster = best.score["iqm"], fastest.faster
+    of_losses = against(best.label, score, 1, "ends at lower losses", "ends at higher losses")
+    of_steps = against(fastest.label, faster, 0, "needs fewer steps", "needs more steps")
+    words = interval(score), interval(fastest.speedup["iqm"], fastest.bounded)
     if len(others) == 1:
         which = f"{best.label} has a final-loss score of {words[0]}", f"Its speedup is {words[1]}"
     else:
@@ -39,34 +38,47 @@ def verdict(results: Results, ranking: Sequence[Standing]) -> list[str]:
     own = next(standing for standing in ranking if standing.label == ADAM).speedup["iqm"].value
     return [
         f"{over}, {which[0]}; tuned Adam has 1. {of_losses}",
-        f"{which[1]}; Adam's own is {shown(own)}. {of_steps}",
+        f"{which[1]}; Adam's own is {shown(own)}, and the difference {interval(faster, fastest.bounded)}. "
+        f"{of_steps}",
     ]
 
 
-def against(label: str, estimate: Estimate, better: str, worse: str) -> str:
-    """Whether an interquartile mean tells an optimizer from Adam, which has 1."""
+def against(label: str, estimate: Estimate, adam: int, better: str, worse: str) -> str:
+    """Whether an estimate tells an optimizer from Adam, which has ``adam``."""
     if estimate.low is None or estimate.high is None:
-        return "With one seed there is no interval, so how sure this is cannot be said."
-    if estimate.low > 1:
-        return f"The interval lies above 1: {label} {better} than Adam."
-    if estimate.high < 1:
-        return f"The interval lies below 1: {label} {worse} than Adam."
-    return f"The interval includes 1: {label} cannot be told from Adam by it."
+        return f"With fewer than {FEWEST} seeds there is no interval, so how sure this is cannot be said."
+    if estimate.low == estimate.high:
+        return "The interval has no width, so how sure this is cannot be said."
+    if estimate.low > adam:
+        return f"The interval lies above {adam}: {label} {better} than Adam."
+    if estimate.high < adam:
+        return f"The interval lies below {adam}: {label} {worse} than Adam."
+    return f"The interval includes {adam}: {label} cannot be told from Adam by it."
 
 
-def state(results: Results, missing: dict[str, str]) -> list[str]:
-    """What is not done, and what else the reader must know before the scores."""
+def state(results: Results, missing: Mapping[str, str], versions: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is not done, and what else the reader must know before the scores.
+
+    Args:
+      results: as they are by now.
+      missing: why tasks are left out of the scores.
+      versions: all values of the cells' versions, by name.
+    """
     out, tasks = [], counted(len(results.tasks), "task")
+    if behind := results.under_way():
+        words = ", ".join(f"{label}, {count} of {tasks}" for label, count in behind.items())
+        out.append(f"Under way, and so left out of the scores over tasks: {words}.")
     if waiting := [name for name, reason in missing.items() if reason.startswith(NOT_YET)]:
-        done = f"all optimizers are done with {len(results.tasks) - len(waiting)} of {tasks}"
+        all_ = "all other optimizers" if behind else "all optimizers"
+        done = f"{all_} are done with {len(results.tasks) - len(waiting)} of {tasks}"
         out.append(f"The evaluation is not finished: {done}, and only those count.")
-    caps = {task.cap for task in results.finished()}
-    if ADAM in results.evaluation.labels and caps and max(caps) < LONGEST:
-        cap = f"{max(caps):g}"
-        out.append(f"Adam was trained for up to {cap} times the steps only, so no speedup is above {cap}.")
     if skipped := len(results.evaluation.skipped):
         verb = "was" if skipped == 1 else "were"
         out.append(f"{counted(skipped, 'task')} of the suite {verb} skipped, see below.")
+    for name, values in versions.items():
+        if len(values) > 1:
+            rest = ", so step times are only compared on the same devices" if name == DEVICES else ""
+            out.append(f"Not all runs were made with the same {name}: {'; '.join(values)}{rest}.")
     if results.strays:
         cells = counted(results.strays, "cell")
         out.append(f"{cells} in the folder belong to none of these optimizers and tasks and were left out.")
@@ -75,11 +87,13 @@ def state(results: Results, missing: dict[str, str]) -> list[str]:
 
 def table(ranking: Sequence[Standing]) -> list[str]:
     """The scores as lines for a terminal, best first; none without scores."""
-    rows = [("", "final loss", "", "speedup", "")]
+    rows = [("", "final loss", "", "speedup", "", "less adam's", "")]
     for one in ranking:
-        score, speedup, sign = one.score["iqm"], one.speedup["iqm"], "≥ " if one.bounded else ""
-        rows.append((one.label, shown(score.value), ends(score), sign + shown(speedup.value), ends(speedup)))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        row, sign = [one.label], "≥ " if one.bounded else ""
+        for found, before in ((one.score["iqm"], ""), (one.speedup["iqm"], sign), (one.faster, sign)):
+            row += ["", ""] if found is None else [before + shown(found.value), ends(found)]
+        rows.append(tuple(row))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ("  ".join(f"{word:<{n}}" for word, n in zip(row, widths, strict=True)) for row in rows)
     return [line.rstrip() for line in padded] if ranking else []
 

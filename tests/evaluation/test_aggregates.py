@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from celo_nnx.errors import UserError
-from celo_nnx.evaluation import aggregates
-from celo_nnx.evaluation.aggregates import aggregate, improvement, profile
+from celo_nnx.evaluation import aggregates, scores
+from celo_nnx.evaluation.aggregates import aggregate, difference, improvement, profile
 
 
 def some(seeds=5, tasks=17, seed=0):
@@ -116,10 +116,63 @@ def test_same_seed_same_interval():
     assert improvement(some(), some(seed=1)) == improvement(some(), some(seed=1))
 
 
-def test_one_seed_has_no_interval_and_says_so():
-    x = some(1)
-    for found in (aggregate(x), profile(x, np.arange(3.0)), improvement(x, some(3)), improvement(some(3), x)):
-        assert found.low is None and found.high is None and "at least 2 seeds" in found.note
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_have_no_interval_and_say_so(seeds):
+    x, y = some(seeds), some(3)
+    alone = (aggregate(x), profile(x, np.arange(3.0)))
+    for found in (
+        *alone,
+        *(f(*pair) for f in (improvement, difference) for pair in ((x, y), (y, x), (x, x))),
+    ):
+        assert found.low is None and found.high is None and "at least 3 seeds" in found.note
+    assert aggregate(y).low is not None and difference(y, y).low is not None
+
+
+@pytest.mark.parametrize("statistic", ["iqm", "mean", "median"])
+def test_difference_pairs_the_seeds(statistic):
+    x, noise = some(3), np.random.default_rng(1).normal(0, 0.01, (3, 17))
+    y = x + noise
+    found = difference(x, y, statistic)
+    function = aggregates.STATISTICS[statistic]
+    assert found.value == pytest.approx(function(x) - function(y), abs=1e-12)
+    assert difference(x, x, statistic) == aggregates.Estimate(0.0, 0.0, 0.0)
+    # Apart, both vary by their seeds, 0.4; together, by the noise alone.
+    apart = difference(np.vstack([x, x[:1]]), y, statistic)
+    assert found.high - found.low < 0.2 * (apart.high - apart.low)
+    if statistic == "mean":  # then the difference is the aggregate of differences
+        alone = aggregate(x - y, "mean")
+        assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
+
+
+def test_difference_of_independent_seeds_has_both_variances():
+    x, y = some(5, 17, seed=3), some(4, 17, seed=4)
+    spread = np.sqrt(sum((z.var(axis=0) / len(z)).sum() for z in (x, y))) / 17
+    found = difference(x, y, "mean", resamples=20_000)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * spread, rel=0.05)
+
+
+def test_an_optimizer_equal_to_adam_is_seldom_told_from_it():
+    """Against the envelope of the same runs, speedups are below 1 far more often than below Adam's own."""
+    generator, steps, tasks, seeds = np.random.default_rng(0), 50, 17, 3
+    curve = (np.arange(1, 4 * steps + 1) + 5.0) ** -0.5 + 0.1
+    below, apart, repetitions = 0, 0, 100
+
+    def runs(length):
+        level = generator.lognormal(0, 0.03, (tasks, seeds, 1))
+        return curve[:length] * level * generator.lognormal(0, 0.05, (tasks, seeds, length))
+
+    for _ in range(repetitions):
+        adam, other = runs(4 * steps), runs(steps)
+        found = []
+        for x in (other, adam[..., :steps]):
+            ends = scores.final_loss(x)
+            pairs = zip(ends, adam, strict=True)
+            found.append([scores.speedup(e, scores.envelope([a[None]], steps), steps)[0] for e, a in pairs])
+        other, own = (np.array(x).T for x in found)
+        below += aggregate(other, resamples=200).high < 1
+        faster = difference(other, own, resamples=200)
+        apart += not faster.low <= 0 <= faster.high
+    assert apart <= 0.22 * repetitions and apart < below
 
 
 def test_all_diverged():
@@ -138,6 +191,8 @@ def test_all_diverged():
         (lambda: aggregate(np.array([[np.nan]])), "finite"),
         (lambda: aggregate(some(), confidence=95), "confidence = 95"),
         (lambda: improvement(some(), some(tasks=3)), "number of tasks"),
+        (lambda: difference(some(), some(tasks=3)), "number of tasks"),
+        (lambda: difference(some(), some(), "iqmm"), "did you mean 'iqm'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(call, words):

@@ -136,6 +136,9 @@ def test_standings(folder: Path) -> None:
     assert (fast.diverged, bad.diverged) == (0, 1)
     assert (fast.improvement.value, bad.improvement.value, adam.improvement) == (1.0, 0.0, None)
     assert adam.score["iqm"].low == adam.score["iqm"].high == pytest.approx(1.0)
+    own = adam.speedup["iqm"].value
+    assert fast.faster.value == pytest.approx(fast.speedup["iqm"].value - own, abs=1e-12)
+    assert fast.faster.low > 0 and bad.faster.high < 0 and adam.faster is None
     # Measured as Adam's, save on one task of three.
     assert fast.step_time == fast.state == bad.state == 1.0
 
@@ -148,6 +151,39 @@ def test_relative_measurements_are_medians_over_tasks(copy: Path) -> None:
     (copy / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fast = standings(load_results(copy))[0]
     assert fast.step_time == pytest.approx((3 + 5) / 2) and fast.state == pytest.approx((2 + 0) / 2)
+
+
+def test_step_times_on_other_devices_are_not_compared(copy: Path) -> None:
+    rows = [json.loads(line) for line in (copy / "cells.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["optimizer"] == "fast" and row["task"] != "noisy" or row["optimizer"] == "bad":
+            row["versions"]["devices"] = "1 x gpu"
+    (copy / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fast, _, bad = standings(load_results(copy))
+    assert fast.step_time == 3.0 and np.isnan(bad.step_time) and fast.state == bad.state == 1.0
+
+
+def test_an_optimizer_under_way_leaves_the_others_their_scores(copy: Path) -> None:
+    path = copy / "evaluation.json"
+    value = json.loads(path.read_text())
+    value["optimizers"].insert(1, {"label": "lion", "about": ""})
+    before = {s.label: s for s in standings(load_results(copy))}
+    path.write_text(json.dumps(value))
+    results = load_results(copy)
+    assert results.under_way() == {"lion": 0} and results.missing() == {}
+    found = standings(results)
+    assert [s.label for s in found] == ["fast", "adam", "bad"] and [s.place for s in found] == [2, 0, 3]
+    assert all(s.score == before[s.label].score for s in found)
+    # One task less than the furthest keeps up: it is what an evaluation task by task looks like.
+    for task, behind in (("smooth", {"lion": 1}), ("noisy", {})):
+        made.add(Cells(copy), task, "lion", made.grid(made.falling))
+        assert load_results(copy).under_way() == behind
+    assert load_results(copy).missing() == {"hard": "not yet run: lion"}
+    # All wait for Adam, however far behind.
+    lines = [line for line in (copy / "cells.jsonl").read_text().splitlines(True) if '"adam"' not in line]
+    (copy / "cells.jsonl").write_text("".join(lines))
+    results = load_results(copy)
+    assert "adam" not in results.under_way() and results.finished() == () and standings(results) == []
 
 
 def test_an_evaluation_under_way(folder: Path, tmp_path: Path) -> None:
@@ -229,7 +265,7 @@ def test_one_seed_has_no_interval(tmp_path: Path) -> None:
     for steps in (made.STEPS, 4 * made.STEPS):
         made.add(cells, "smooth", "adam", made.grid(made.falling, steps, seeds=(5,)), seeds=(5,))
     [adam] = standings(load_results(tmp_path))
-    assert adam.score["iqm"].low is None and "at least 2 seeds" in adam.score["iqm"].note
+    assert adam.score["iqm"].low is None and "at least 3 seeds" in adam.score["iqm"].note
 
 
 def test_cells_that_belong_to_nothing_are_counted(copy: Path) -> None:

@@ -107,7 +107,13 @@ def test_the_page_is_complete_and_self_contained(folder: Path) -> None:
     assert "bad: training: the best learning rate, 1, lies on the grid&#39;s upper edge" in text
     assert "bad: 1 of 3 runs diverged at the chosen learning rate" in text
     assert "2 warnings on learning rates and diverged runs" in text
-    for words in ("K / 25", "3.12.0", "2 x cpu", "constant, the same for all", "--optimizers adam,fast,bad"):
+    for words in (
+        "K / 25",
+        "3.12.0",
+        "2 x cpu",
+        "constant, the same for all but learned schedules",
+        "--optimizers adam,fast,bad",
+    ):
         assert words in text
 
 
@@ -117,14 +123,15 @@ def test_its_numbers_are_those_of_the_results(folder: Path) -> None:
     fast, _, bad = standings(results)
     shown, ends = suite_words.shown, suite_words.ends
     for standing, least, better in ((fast, "33 %", "1.00"), (bad, "0 %", "0.00")):
-        row = next(row for row in parsed.found(standing.label) if len(row) == 9)
+        row = next(row for row in parsed.found(standing.label) if len(row) == 10)
         score, speedup = standing.score, standing.speedup
         assert row[0] == f"{shown(score['iqm'].value)} {ends(score['iqm'])}"
         assert row[1:3] == [shown(score["median"].value), shown(score["mean"].value)]
         sign = "≥ " if standing is fast else ""
         assert row[3] == f"{sign}{shown(speedup['iqm'].value)} {ends(speedup['iqm'])}"
-        assert row[4] == least and row[5].split()[0] == better
-        assert row[6:] == [f"{standing.diverged} of 9", "1 ×", "1 ×"]
+        assert row[4] == f"{sign}{shown(standing.faster.value)} {ends(standing.faster)}"
+        assert row[5] == least and row[6].split()[0] == better
+        assert row[7:] == [f"{standing.diverged} of 9", "1 ×", "1 ×"]
     assert ["1.00", "≥ 4.00", "0.410"] in parsed.found("hard")
     noisy = results.tasks[1].entries["fast"]
     [row] = [row for row in parsed.found("fast") if len(row) == 7 and row[4] == "0.0100"]
@@ -147,7 +154,11 @@ def test_the_csv_files_are_the_results_in_full(folder: Path) -> None:
         assert float(row["final_loss"]) == entry.training.final[i]
         assert float(row["score"]) == entry.score[i] and float(row["speedup"]) == entry.speedup[i]
         assert row["speedup_is_lower_bound"] == str(bool(entry.at_least[i]))
+        for name in ("validation", "test"):
+            held_out = entry.training.held_out.get(name)
+            assert row[f"{name}_loss"] == ("" if held_out is None else str(held_out[i].item()))
         assert row["diverged"] == str(float(row["final_loss"]) == float("inf"))
+    assert sum(row["validation_loss"] != "" for row in runs) == 3 * 4
     assert sum(row["diverged"] == "True" for row in runs) == 1
     assert sum(row["speedup_is_lower_bound"] == "True" for row in runs) == 3
     rows = {row["optimizer"]: row for row in read(folder / "summary.csv")}
@@ -170,21 +181,26 @@ def test_the_result_is_told_whichever_way_it_falls(folder: Path) -> None:
     words = "fast has the highest final-loss score of 2 optimizers besides Adam"
     assert f"Over 3 tasks and 3 seeds, {words}, {value}; tuned Adam has 1." in first
     assert "The interval lies above 1: fast ends at lower losses than Adam." in first
-    assert "at least 2.29" in second and "fast needs fewer steps than Adam" in second
+    told = second
+    assert (
+        "at least 2.29" in second and "The interval lies above 0: fast needs fewer steps than Adam" in second
+    )
     first, second = suite_words.verdict(results, [adam, bad])
     assert first.startswith("Over 3 tasks and 3 seeds, bad has a final-loss score of 0.342 [")
     assert "The interval lies below 1: bad ends at higher losses than Adam." in first
     assert "bad needs more steps than Adam" in second
     assert "adam alone was evaluated" in suite_words.verdict(results, [adam])[0]
+    assert f"the difference at least {suite_words.interval(fast.faster)}. The interval lies" in told
     for estimate, words in (
+        (Estimate(1.1, 1.1, 1.1), "The interval has no width, so how sure this is cannot be said."),
         (Estimate(1.1, 0.9, 1.2), "The interval includes 1: x cannot be told from Adam by it."),
         (Estimate(1.1, 1.0, 1.2), "The interval includes 1: x cannot be told from Adam by it."),
         (
             Estimate(1.1, None, None),
-            "With one seed there is no interval, so how sure this is cannot be said.",
+            "With fewer than 3 seeds there is no interval, so how sure this is cannot be said.",
         ),
     ):
-        assert suite_words.against("x", estimate, "is better", "is worse") == words
+        assert suite_words.against("x", estimate, 1, "is better", "is worse") == words
 
 
 def test_speedups_that_are_lower_bounds_have_a_sign() -> None:
@@ -210,7 +226,7 @@ def test_one_seed_is_told_to_have_no_interval(tmp_path: Path) -> None:
         made.add(cells, "smooth", label, made.grid(made.falling, steps, seeds=(5,)), seeds=(5,))
     text = suite_report.write(tmp_path).read_text()
     Page(text)
-    assert "no interval: it takes at least 2 seeds, and there is 1" in text and "With one seed" in text
+    assert "no interval: it takes at least 3 seeds" in text and "With fewer than 3 seeds" in text
     assert read(tmp_path / "summary.csv")[1]["score_iqm_low"] == ""
 
 
@@ -233,6 +249,29 @@ def test_an_evaluation_under_way_is_reported(copy: Path, capsys: pytest.CaptureF
         assert len(read(copy / "scores.csv")) == 3 * len(_cells(lines[:done]))
         assert len(read(copy / "summary.csv")) == (3 if done >= 5 else 0)
     assert "<b>noisy</b>: not yet run: fast, bad" in text and "<b>smooth</b>" not in text
+
+
+def test_what_is_under_way_and_mixed_is_told_at_the_top(copy: Path) -> None:
+    value = json.loads((copy / "evaluation.json").read_text())
+    value["optimizers"].append({"label": "lion", "about": ""})
+    (copy / "evaluation.json").write_text(json.dumps(value))
+    path = copy / "cells.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["optimizer"] == "bad":
+            row["versions"] |= {"jax": "0.9.0", "devices": "1 x gpu"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parsed = Page(suite_report.write(copy).read_text())
+    top = " ".join(parsed.words["p"][:6])
+    assert "Under way, and so left out of the scores over tasks: lion, 0 of 3 tasks." in top
+    assert "Not all runs were made with the same jax: 0.10.2; 0.9.0." in top
+    assert (
+        "the same devices: 2 x cpu; 1 x gpu, so step times are only compared" in top and "python" not in top
+    )
+    [row] = [row for row in parsed.found("bad") if len(row) == 10]
+    assert row[8:] == ["-", "1 ×"]
+    assert "lion" not in [row["optimizer"] for row in read(copy / "summary.csv")]
+    assert len(read(copy / "scores.csv")) == 27
 
 
 def _cells(lines: list[str]) -> set[tuple[str, str]]:
