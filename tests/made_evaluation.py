@@ -28,7 +28,9 @@ def begin(folder: Path, tasks: Sequence[str], labels: Sequence[str], skipped: di
     """Writes ``evaluation.json``."""
     plan = suite([*tasks, *(skipped or {})])
     optimizers = tuple({"label": label, "about": ABOUT.get(label, "")} for label in labels)
-    write_evaluation(folder, Evaluation(plan, optimizers, skipped or {}))
+    write_evaluation(
+        folder, Evaluation(plan, optimizers, skipped or {}, "celo-nnx evaluate mine --run-dir here")
+    )
 
 
 def grid(

@@ -249,8 +249,9 @@ def learned(label: str, parts: Mapping[str, Any], path: str | None) -> Contender
 def _of_others(path: str, parts: Mapping[str, Any]) -> str:
     """Says in which parts the optimizer that a theta was made for differs from the one that gets it."""
     try:
-        made_for = json.loads(read_metadata(path).get("config", "{}"))["optimizer"]
-        differ = sorted(name for name in parts if resolve_parts(made_for).get(name) != parts[name])
+        section = json.loads(read_metadata(path).get("config", "{}"))["optimizer"]
+        made_for = json.loads(canonical(resolve_parts(section)))
+        differ = sorted(name for name in parts if made_for.get(name) != parts[name])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
         return ", made for an optimizer that its header does not tell"
     return f", made for an optimizer with another {', '.join(differ)}" if differ else ""

@@ -1,4 +1,4 @@
-"""How does an optimizer train the seventeen tasks of the Celo papers, none of which it was meta-trained on?
+"""How does an optimizer train the seventeen tasks of the Celo papers? They are larger than fast_velo's.
 
 Images and texts come from the Hugging Face hub (``pip install celo-nnx[hub]``) or from files of the same
 names. Kinds, sets and the widths of MLPs, ConvNets and autoencoders are the papers'; the other widths,

@@ -112,7 +112,7 @@ def test_the_page_is_complete_and_self_contained(folder: Path) -> None:
         "3.12.0",
         "2 x cpu",
         "constant, the same for all but learned schedules",
-        "--optimizers adam,fast,bad",
+        "celo-nnx evaluate mine --run-dir here",
     ):
         assert words in text
 
