@@ -188,7 +188,7 @@ def test_every_tensor_has_a_gradient(trained: dict[str, Any]) -> None:
 
 def test_adam_learns_one_batch(kind: str, family: Family, trained: dict[str, Any]) -> None:
     losses, floor = trained["losses"], family.task.floor
-    assert np.isfinite(losses).all() and losses.min() >= min(floor, 0)
+    assert np.isfinite(losses).all() and losses.min() >= min(floor or 0.0, 0.0)
     assert losses[-5:].mean() < CASES[kind].lower * losses[0]
 
 
