@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from celo_nnx.build import find
 from celo_nnx.config import load, load_optimizer
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation import contenders
@@ -62,8 +63,11 @@ def test_weights_made_for_another_optimizer_are_told(small):
 
 def test_a_rate_that_no_schedule_decides_is_tuned():
     for name, tuned in {"celo": False, "celo_phase1": True, "nn_adam": False, "rnn_mlp": True}.items():
-        optimizer = load_optimizer(name)
-        assert optimizer.schedule.decides_rate != tuned, name
+        section = load(name).optimizer.schedule.to_dict()
+        made = find("schedules", section.pop("kind"))(width=1, key=jax.random.key(0), **section)
+        assert made.decides_rate != tuned, name
+    for name in ("celo2", "celo2_base"):
+        assert contenders.contenders([name])[1].grid == contenders.LEARNED_GRID
 
 
 def test_a_theta_file_says_which_optimizer_it_is_for(small):

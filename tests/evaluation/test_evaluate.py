@@ -107,14 +107,15 @@ def test_the_same_command_computes_nothing_and_others_add(done, file, tmp_path):
     assert read_evaluation(folder).labels == ("adam", "sgd", "lion")
 
 
-def test_a_schedule_that_ends_with_the_run_has_adam_runs_of_each_length(tmp_path, capsys):
+def test_a_schedule_that_ends_with_the_run_has_adam_runs_of_each_length(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(LENGTHS, "cosine", (0.25, 2**-0.5, 1, 4))  # for less to compile
     (tmp_path / "one.py").write_text(SUITE.replace(", noisy=dict(bowl, noise=0.1)", ""))
     suite = load_suite(str(tmp_path / "one.py"), ["schedule=cosine"])
     evaluate(suite, ["adam"], folder=tmp_path / "cosine")
     told = capsys.readouterr().err
     cells = {cell.steps: cell for cell in Cells(tmp_path / "cosine")}
     # K comes first: the others' rates are tried around its best.
-    assert list(cells) == [20, 5, 10, 14, 28, 40, 57, 80]
+    assert list(cells) == [20, 5, 14, 80]
     best = cells[20].learning_rates[cells[20].training]
     assert all(np.isclose(cell.learning_rates, best).any() for cell in cells.values())
     for words in ("bowl: adam  loss", *(f"bowl: adam ({n} times the steps)  loss" for n in (0.25, 0.7, 4))):
