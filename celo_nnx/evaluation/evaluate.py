@@ -37,6 +37,7 @@ from celo_nnx.evaluation.results import FILE_NAME, Evaluation, read_evaluation, 
 from celo_nnx.evaluation.scores import adam_steps
 from celo_nnx.evaluation.suites import Suite, task_family
 from celo_nnx.evaluation.tuning import Grid, search
+from celo_nnx.files import told
 from celo_nnx.interfaces import Family
 from celo_nnx.meta.checkpoint import data_digest
 
@@ -110,13 +111,13 @@ def evaluate(
     data, skipped = _read_all(suite, data_dir, skip_missing)
     plans = [p for task in data for p in _plans(suite, task, data[task], found)]
     folder = Path(folder)
-    with _told(folder), _held(folder):
+    with told(folder), _held(folder):
         note = _note(folder, suite, found, skipped, command)
         cells = Cells(folder)
         _refuse_others(cells, plans)
         write_evaluation(folder, note)
         left = [p for p in plans if p.key not in cells]
-        progress = Progress([_work(suite, p) for p in plans if p in left], len(plans) - len(left))
+        progress = Progress([_work(suite, p) for p in left], len(plans) - len(left))
         with progress:
             for task in dict.fromkeys(p.task for p in left):
                 family = task_family(suite, task, data_dir)
@@ -290,15 +291,6 @@ def _held(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with lock.hold(folder):
         yield
-
-
-@contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Tells what the operating system refuses in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write results to {folder}: {error.strerror or error}") from error
 
 
 def _work(suite: Suite, plan: Plan) -> float:
