@@ -307,7 +307,7 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     Args:
       optimizer: with the random theta that :func:`build` drew.
       theta_init: ``kind``: ``"random"`` keeps it; ``"hand_made"`` takes the update rule's hand-made theta
-        (``feature``, ``channel``); ``"file"`` reads ``path``, a theta file or a run folder (or takes
+        (of ``mix``, where that is not empty); ``"file"`` reads ``path``, a theta file or run folder (or takes
         ``theta``, a tree that was read before), all of it or, by patterns of paths, ``only`` some leaves.
         ``noise``: the standard deviation of Gaussian noise added to every meta-parameter.
       key: draws the noise.
@@ -320,7 +320,7 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     only = tuple(theta_init.get("only", ()))
     require(kind == "file" or not only, "theta_init.only", only, "() unless theta_init.kind is 'file'")
     if kind == "hand_made":
-        options = {k: theta_init[k] for k in ("feature", "channel") if k in theta_init}
+        options = {"mix": theta_init["mix"]} if theta_init.get("mix") else {}
         made = {
             "update_rule": optimizer.update_rule.hand_made(**options),
             "schedule": optimizer.schedule.hand_made(),

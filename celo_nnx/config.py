@@ -23,7 +23,7 @@ from celo_nnx.errors import UserError, require, unknown
 
 # Decay of the average of theta, patterns of the leaves that rest, and phases: without them as published.
 META_OPTIONS: dict[str, Any] = dict(average=0.0, frozen=(), phases=())
-THETA_INIT: dict[str, Any] = dict(kind="random", noise=0.0, path="", only=())
+THETA_INIT: dict[str, Any] = dict(kind="random", mix=(), noise=0.0, path="", only=())
 
 
 def meta_section() -> dict[str, Any]:
@@ -278,7 +278,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
     for where, known in (
         ("config", sections),
-        ("theta_init", (*THETA_INIT, "feature", "channel")),
+        ("theta_init", THETA_INIT),
         ("run", run_section()),
     ):
         for key in config if where == "config" else config[where]:

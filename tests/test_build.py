@@ -185,7 +185,7 @@ def test_a_part_from_another_installed_package(tmp_path: Path, monkeypatch: pyte
     config = load("celo2_base", ["optimizer.features.groups=gradient,sign_gradient"])
     assert config.optimizer.features.options.sign_gradient.scale == 1.0
     opt = build(config.optimizer)
-    opt = opt.with_theta({"update_rule": opt.update_rule.hand_made(feature="sign_gradient")})
+    opt = opt.with_theta({"update_rule": opt.update_rule.hand_made(mix=(("sign_gradient", 0, 1.0),))})
     params = {"w": jnp.ones((4, 20))}
     grads = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 20)), jnp.float32)}
     updates, _ = opt.update(grads, opt.init(params), params, learning_rate=1.0)

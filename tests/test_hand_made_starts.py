@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 
 from celo_nnx.build import build
 from celo_nnx.config import load
+from celo_nnx.errors import UserError
 from celo_nnx.optimizer import LearnedOptimizer
 
 SHAPES = {"matrix": (6, 9), "vector": (5,), "scalar": ()}
@@ -109,7 +111,7 @@ def test_celo2_base_can_be_adam(decays: tuple[float, ...], channel: int, b2: flo
     """The group ``momentum_rms`` passed through, averages bias-corrected: Adam with epsilon in the root."""
     banks = (f"momentum.decays={decays}", f"second_moment.decays=({b2},)")
     overrides = (*CORRECTED, *(f"optimizer.accumulators.{text}" for text in banks))
-    opt = hand_made("celo2_base", overrides, feature="momentum_rms", channel=channel)
+    opt = hand_made("celo2_base", overrides, mix=(("momentum_rms", channel, 1.0),))
     grads = drawn(2, STEPS, spread=True)
     want = adam(grads, b1=decays[channel], b2=b2, eps=0.0, eps_root=1e-8)
     assert distance(moved(opt, grads), want) < bound
@@ -193,7 +195,7 @@ DECAYS["rnn_mlp"] = (0.5, 0.9, 0.99, 0.999, 0.9999)
 )
 def test_steps_along_momentum(preset: str, channel: int, overrides: tuple[str, ...]) -> None:
     """Every preset's default start: normalized momentum at a constant rate, whatever its LSTM sees."""
-    opt = hand_made(preset, (RATE, *overrides), channel=channel)
+    opt = hand_made(preset, (RATE, *overrides), mix=(("momentum", channel, 1.0),))
     grads, decay = drawn(4, STEPS), DECAYS[preset][channel]
     scaled = preset in ("celo", "velo_s")
     want = normalized_steps(grads, lambda g: along_momentum(g, decay), 0.05, scaled)
@@ -205,12 +207,48 @@ def test_steps_along_the_gradient() -> None:
     """Normalized gradient descent."""
     grads = drawn(5, STEPS)
     want = normalized_steps(grads, lambda g: g, 0.05, False)
-    assert distance(moved(hand_made("adafac_mlp", (RATE,), feature="gradient"), grads), want) < 1e-6
+    assert distance(moved(hand_made("adafac_mlp", (RATE,), mix=(("gradient", 0, 1.0),)), grads), want) < 1e-6
 
 
 def test_steps_along_the_factored_gradient() -> None:
     """Adafactor without bias correction, then normalized."""
     grads = drawn(6, STEPS)
     want = normalized_steps(grads, lambda g: along_factored_gradient(g, 0.99), 0.05, False)
-    opt = hand_made("elo", (RATE,), feature="factored_gradient", channel=1)
+    opt = hand_made("elo", (RATE,), mix=(("factored_gradient", 1, 1.0),))
     assert distance(moved(opt, grads), want) < 2e-6
+
+
+NESTEROV = (("momentum", 0, 0.9), ("gradient", 0, 0.1))
+
+
+@pytest.mark.parametrize("preset", ["celo2_base", "celo_phase1"])
+def test_a_mix_is_the_weighted_sum_of_its_features(preset: str) -> None:
+    """Nesterov's momentum as a mix of two features that are not normalized, with one MLP and with a bank."""
+    plain = [f"optimizer.{kind}.kind=identity" for kind in ("normalization", "output_normalization")]
+    plain += ["optimizer.step.parameter_scale=False"] if preset == "celo_phase1" else []
+    rate = "optimizer.schedule.value=0.5"
+    opt = hand_made(preset, (*plain, rate), mix=NESTEROV)
+    grads = drawn(7, STEPS)
+    momentum, want = {k: np.zeros(s) for k, s in SHAPES.items()}, {k: [] for k in SHAPES}
+    for step in range(STEPS):
+        for name in SHAPES:
+            g = grads[name][step].astype(np.float64)
+            momentum[name] = 0.9 * momentum[name] + 0.1 * g
+            want[name].append(-0.5 * (0.9 * momentum[name] + 0.1 * g))
+    assert distance(moved(opt, grads), {k: np.stack(v) for k, v in want.items()}) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        ((("momentun", 0, 1.0),), "did you mean 'momentum'"),
+        ((("momentum", 3, 1.0),), "plane of momentum in mix = 3 is out of range: must be 0 to 2"),
+        ((("momentum", 0, "1"),), "weight of momentum in mix = '1' is out of range"),
+        ((("momentum", 0),), "a tuple of (feature group, plane, weight)"),
+        (("momentum", 0, 1.0), "a tuple of (feature group, plane, weight)"),
+        (tuple(("momentum", 0, 1.0) for _ in range(5)), "at least 10 units a layer"),
+    ],
+)
+def test_a_mix_that_cannot_be_made(mix: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        hand_made("celo2_base", mix=mix)

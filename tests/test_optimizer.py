@@ -233,7 +233,7 @@ def test_errors_name_the_tensor() -> None:
 def test_hand_made_theta_follows_the_feature() -> None:
     """With the identity for orthogonalization the step is the RMS-normalized momentum itself."""
     for channel, decay in enumerate((0.9, 0.99, 0.999)):
-        start = {"kind": "hand_made", "feature": "momentum", "channel": channel}
+        start = {"kind": "hand_made", "mix": (("momentum", channel, 1.0),)}
         opt = build(load("celo2_base").optimizer, theta_init=start)
         updates, _ = opt.update(GRADS, opt.init(PARAMS), PARAMS, learning_rate=1.0)
         momentum = (1 - decay) * GRADS["dense"]["kernel"]

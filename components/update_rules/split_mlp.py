@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import is_integer, is_number, require, unknown
 from celo_nnx.interfaces import Controls, MetaParam, UpdateRule
 from celo_nnx.planes import weighted_sum
 
 Array = jax.Array
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
+MOMENTUM = (("momentum", 0, 1.0),)  # what a hand-made theta steps along
 UNROLLED = 16  # widest layer that is unrolled over planes; compilation grows with the number of weights
 
 
@@ -155,37 +156,46 @@ class SplitMLP(UpdateRule):
             x = act(x) if layer < depth else x
         return [y.reshape(shape) for y in x]
 
-    def hand_made(self, *, feature: str = "momentum", channel: int = 0) -> dict[str, Array]:
-        """Theta of the rule "step along one normalized feature", exact for every input.
+    def hand_made(self, *, mix: tuple[tuple[str, int, float], ...] = MOMENTUM) -> dict[str, Array]:
+        """Theta of the rule "step along a weighted sum of normalized features", exact for every input.
 
-        Two hidden units a layer carry +x and -x; all biases and other weights are zero. With Newton-Schulz
-        and the channel of decay 0.9 this is Muon with an exponential-average momentum.
+        Of each feature two hidden units a layer carry +x and -x; all biases and other weights are zero. With
+        Newton-Schulz and the channel of decay 0.9 alone, the default, this is Muon with an
+        exponential-average momentum.
 
         Args:
-          feature: the feature group that passes through.
-          channel: which of its planes.
+          mix: (feature group, which of its planes, weight) of each, such as
+            ``(("momentum", 0, 1.0), ("gradient", 0, 0.2))``.
 
         Returns:
           Theta of this rule, like its own.
 
         Raises:
-          UserError: relu is not the activation, a layer is narrower than 2, or no such plane.
+          UserError: relu is not the activation, a layer is narrower than two units a feature, no such plane,
+            or a weight that is no number.
         """
         require(self.activation == "relu", "activation", self.activation, "'relu' for a hand-made theta")
-        require(
-            min(self.hidden) >= 2, "hidden", self.hidden, "at least 2 units a layer for a hand-made theta"
-        )
-        widths = dict(self.widths)
-        if feature not in widths:
-            raise unknown("feature group of the hand-made theta", feature, widths)
-        require(0 <= channel < widths[feature], "channel", channel, f"0 to {widths[feature] - 1}")
+        mix = tuple(tuple(entry) if isinstance(entry, (tuple, list)) else (entry,) for entry in mix)
+        legal = "a tuple of (feature group, plane, weight)"
+        require(len(mix) >= 1 and all(len(entry) == 3 for entry in mix), "mix", mix, legal)
+        width = 2 * len(mix)
+        need = f"at least {width} units a layer for a hand-made theta of {len(mix)} features"
+        require(min(self.hidden) >= width, "hidden", self.hidden, need)
         theta = jax.tree.map(jnp.zeros_like, nnx.to_pure_dict(nnx.state(self, MetaParam)))
         # Every layer of a bank is multiplied by bank_scale / K where the mix sums to 1.
         one = self.bank / self.bank_scale if self.bank else 1.0
         ends = jnp.array([one, -one], jnp.float32)
-        theta["w0"][feature] = theta["w0"][feature].at[..., channel, :2].set(ends)
-        depth = len(self.hidden)
+        widths, depth = dict(self.widths), len(self.hidden)
+        for place, (feature, channel, weight) in enumerate(mix):
+            if feature not in widths:
+                raise unknown("feature group of the hand-made theta", feature, widths)
+            inside = is_integer(channel) and 0 <= channel < widths[feature]
+            require(inside, f"plane of {feature} in mix", channel, f"0 to {widths[feature] - 1}")
+            require(is_number(weight), f"weight of {feature} in mix", weight, "a finite number")
+            pair = slice(2 * place, 2 * place + 2)
+            theta["w0"][feature] = theta["w0"][feature].at[..., channel, pair].set(ends)
+            theta[f"w{depth}"] = theta[f"w{depth}"].at[..., pair, 0].set(ends * weight)
+        units = jnp.arange(width)
         for layer in range(1, depth):
-            theta[f"w{layer}"] = theta[f"w{layer}"].at[..., (0, 1), (0, 1)].set(one)
-        theta[f"w{depth}"] = theta[f"w{depth}"].at[..., :2, 0].set(ends)
+            theta[f"w{layer}"] = theta[f"w{layer}"].at[..., units, units].set(one)
         return theta

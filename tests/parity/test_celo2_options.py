@@ -103,7 +103,7 @@ def test_precondition_comes_last_and_reads_corrected_averages() -> None:
 def test_bias_correction_of_factors(feature: str) -> None:
     """Not of the gradient's; of momentum's ``m R C``, where ``1 / (1 - d^t)`` meets its root in ``C``."""
     raw = ("normalization.kind=identity", "output_normalization.kind=identity")
-    start = {"kind": "hand_made", "feature": feature, "channel": 0}
+    start = {"kind": "hand_made", "mix": ((feature, 0, 1.0),)}
     before, after = (moved(composed(*raw, *more, **start), grads=1.0)[0] for more in ((), CORRECTED))
     power = float(np.float32(0.9)) ** np.arange(1, STEPS + 1)
     for name in ("matrix", "stack"):
@@ -118,7 +118,7 @@ def test_bias_correction_of_factors(feature: str) -> None:
 def test_scale_limit(limit: float, size: float) -> None:
     """The step is times ``min(rho, limit sqrt(N))``; 0 is no limit. The twin has no such option here."""
     scale = ("step.parameter_scale=True", f"step.scale_limit={limit}")
-    start = {"kind": "hand_made", "feature": "gradient"}
+    start = {"kind": "hand_made", "mix": (("gradient", 0, 1.0),)}
     rule = composed("output_normalization.kind=identity", "normalization.axes=all", *scale, **start)
     got, _ = moved(rule, size)
     limited = []
