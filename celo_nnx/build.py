@@ -307,8 +307,9 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     Args:
       optimizer: with the random theta that :func:`build` drew.
       theta_init: ``kind``: ``"random"`` keeps it; ``"hand_made"`` takes the update rule's hand-made theta
-        (of ``mix``, where that is not empty); ``"file"`` reads ``path``, a theta file or run folder (or takes
-        ``theta``, a tree that was read before), all of it or, by patterns of paths, ``only`` some leaves.
+        (of ``mix``, where that is not empty); ``"file"`` reads ``path``, a theta file, run folder or name (or
+        takes ``theta``, a tree that was read before), all of it or, by patterns of paths, ``only`` some
+        leaves.
         ``noise``: the standard deviation of Gaussian noise added to every meta-parameter.
       key: draws the noise.
 
@@ -331,7 +332,7 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
             bool(theta_init.get("path")),
             "theta_init.path",
             theta_init.get("path", ""),
-            "a file or a run folder",
+            "a file, a run folder or a name",
         )
         from celo_nnx.theta_io import load_theta, take
 

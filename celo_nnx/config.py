@@ -371,25 +371,31 @@ def _swap(config: ConfigDict, path: str, kind: str) -> None:
 
 
 def load_optimizer(
-    source: str = "celo2", overrides: Iterable[str] = (), *, weights: str | None = None
+    source: str | ConfigDict = "celo2", overrides: Iterable[str] = (), *, weights: str | None = None
 ) -> Any:
     """Returns a ready-to-use optimizer.
 
     Args:
       source: as in :func:`load`.
       overrides: as in :func:`load`.
-      weights: a theta file or a run folder of ``celo-nnx train``; by default the hand-made theta, which
-        makes ``celo2`` a Muon with exponential-average momentum.
+      weights: a theta file, a run folder of ``celo-nnx train``, the name of weights that come with the
+        package, or ``"hand_made"``, which makes ``celo2`` a Muon with exponential-average momentum. By
+        default the package's weights of that variant, and where it has none the hand-made ones.
 
     Returns:
       A :class:`celo_nnx.optimizer.LearnedOptimizer`; call ``.as_optax()`` on it.
 
     Raises:
-      UserError: an unknown config, or weights that do not fit it.
+      UserError: an unknown config, or weights that do not fit it: after overrides that change theta's
+        shapes, name others.
     """
     from celo_nnx.build import build
+    from celo_nnx.weights import HAND_MADE, names, theta_file
 
-    start = {"kind": "file", "path": weights} if weights else {"kind": "hand_made"}
+    if weights is None:
+        variant = source.partition(":")[0] if isinstance(source, str) else ""
+        weights = str(theta_file(variant)) if variant in names() else HAND_MADE
+    start = {"kind": HAND_MADE} if weights == HAND_MADE else {"kind": "file", "path": weights}
     return build(load(source, overrides).optimizer, jax.random.key(0), start)
 
 

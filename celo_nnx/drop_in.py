@@ -28,11 +28,11 @@ import optax
 from celo_nnx.config import load_optimizer
 from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.optimizer import LearnedOptimizer
+from celo_nnx.weights import HAND_MADE, locate, names
 
 Array = jax.Array
 PyTree = Any
 Schedule = Callable[[Array], Array]
-NAMES = ("hand_made",)  # weights by name
 
 
 def celo2(
@@ -171,9 +171,8 @@ def _transformation(
     if path is not None and not os.path.exists(path):
         if os.sep in path or path.endswith((".safetensors", ".state")):
             raise UserError(f"no weights at {path}: neither a file nor a run folder is there")
-        if path not in NAMES:
-            raise unknown("weights", path, NAMES)
-        path = None
+        if path not in (HAND_MADE, *names()):
+            raise unknown("weights", path, (HAND_MADE, *names()))
     optimizer = _built(variant, overrides, path)
     if theta is not None:
         optimizer = optimizer.with_theta(theta)
@@ -189,8 +188,9 @@ def _cached(variant: str, overrides: tuple[str, ...], path: str | None, stamp: f
 
 def _built(variant: str, overrides: tuple[str, ...], path: str | None) -> LearnedOptimizer:
     """Returns the optimizer; made anew where the weights' file has changed."""
-    if path is None:
-        return _cached(variant, overrides, None, 0.0)
-    file = os.path.join(path, "theta.safetensors") if os.path.isdir(path) else path
+    if path in (None, HAND_MADE):
+        return _cached(variant, overrides, path, 0.0)
+    folder = str(locate(path))
+    file = os.path.join(folder, "theta.safetensors") if os.path.isdir(folder) else folder
     stamp = os.path.getmtime(file) if os.path.exists(file) else 0.0
-    return _cached(variant, overrides, os.path.abspath(path), stamp)
+    return _cached(variant, overrides, os.path.abspath(folder), stamp)

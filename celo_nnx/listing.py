@@ -1,4 +1,4 @@
-"""What ``celo-nnx list`` shows: parts, variants, task presets, suites, hand-made baselines, data sets."""
+"""What ``celo-nnx list`` shows: parts, variants, weights, tasks, suites, baselines, data sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from celo_nnx.errors import unknown
 
-KINDS = ("parts", "variants", "tasks", "suites", "baselines", "data")
+KINDS = ("parts", "variants", "weights", "tasks", "suites", "baselines", "data")
 
 
 def lines(what: str) -> str:
@@ -41,6 +41,10 @@ def lines(what: str) -> str:
         from celo_nnx.evaluation.baselines import BASELINES
 
         return _table(what, {name: f"{one.about} ({one.source})" for name, one in BASELINES.items()})
+    if what == "weights":
+        from celo_nnx import weights
+
+        return _table(what, {name: weights.about(name) for name in weights.names()})
     if what in ("variants", "tasks"):
         from celo_nnx.config import presets
 

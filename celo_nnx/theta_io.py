@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from celo_nnx import weights
 from celo_nnx.errors import UserError
 from celo_nnx.meta.checkpoint import digest, flatten
 from celo_nnx.meta.frozen import matching
@@ -48,10 +49,11 @@ def save_theta(path: str | os.PathLike[str], theta: Any, metadata: Mapping[str, 
 
 
 def load_theta(path: str | os.PathLike[str], like: Any = None) -> dict[str, Any]:
-    """Reads theta from a file or from a run folder.
+    """Reads theta from a file, from a run folder, or by the name of weights that come with the package.
 
     Args:
-      path: a ``.safetensors`` file, or a run folder that holds ``theta.safetensors``.
+      path: a ``.safetensors`` file, a run folder that holds ``theta.safetensors``, or a name
+        (:func:`celo_nnx.weights.names`).
       like: theta of the optimizer that will use it; names, shapes and dtypes must agree.
 
     Returns:
@@ -60,11 +62,12 @@ def load_theta(path: str | os.PathLike[str], like: Any = None) -> dict[str, Any]
     Raises:
       UserError: missing, truncated, altered, foreign, or not the theta of that optimizer; one line.
     """
-    path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = _file(path)
     if not path.is_file():
+        known = ", ".join(weights.names())
         raise UserError(
-            f"no theta at {path}: give a .safetensors file, or a run folder that holds {FILE_NAME}"
+            f"no theta at {path}: give a .safetensors file, a run folder that holds {FILE_NAME}, or a name "
+            f"({known})"
         )
     arrays = _read(path)
     if like is not None:
@@ -122,16 +125,21 @@ def _nested(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Returns the header's strings (config, iteration, digest) of a theta file or run folder."""
+    """Returns the header's strings (config, iteration, digest) of a theta file, run folder or name."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = _file(path)
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({_first_line(error)})") from error
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    """Returns the theta file of a path or name."""
+    path = weights.locate(path)
+    return path / FILE_NAME if path.is_dir() else path
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -24,9 +24,10 @@ from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.meta.checkpoint import canonical, digest, flatten
 from celo_nnx.optimizer import LearnedOptimizer
 from celo_nnx.theta_io import FILE_NAME, load_theta, read_metadata
+from celo_nnx.weights import FOLDER, HAND_MADE, locate, theta_file
+from celo_nnx.weights import names as shipped
 
 ADAM = "adam"  # what scores are relative to
-HAND_MADE = "hand_made"
 # Learning rates that tuning of a learned rule starts from, as of a baseline; the rate is the RMS of a step.
 LEARNED_GRID = (-7, -2)
 FILE_GRID = (-7, -1)  # of a rule of the user's, about which nothing is known
@@ -130,11 +131,13 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
     """Finds optimizers by what a user calls them.
 
     Args:
-      names: each a baseline (``muon``); a variant with its hand-made theta (``celo2``); or ``[LABEL=]PATH``
-        of a theta file or a run folder, whose header says which optimizer it is for, or of a Python file
-        with a function ``get_optimizer(learning_rate)``.
-      weights: each ``[VARIANT=]PATH``, or ``VARIANT=hand_made``: the theta of a variant among ``names``;
-        given several times for one variant, each is compared. Without ``VARIANT=`` there must be one variant.
+      names: each a baseline (``muon``); a variant (``celo2``) with the weights of its name that come with
+        the package, or with its hand-made theta where there are none; or ``[LABEL=]PATH`` of a theta file or
+        a run folder, whose header says which optimizer it is for, or of a Python file with a function
+        ``get_optimizer(learning_rate)``.
+      weights: each ``[VARIANT=]PATH``, or a name in the place of the path, ``hand_made`` among them: the
+        theta of a variant among ``names``; given several times for one variant, each is compared. Without
+        ``VARIANT=`` there must be one variant.
 
     Returns:
       One for each name and weights, with different labels, Adam among them: scores are relative to it.
@@ -154,10 +157,10 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
             found.append(baseline(name))
         elif name in _variants():
             parts = load(name).optimizer.to_dict()
-            for path in thetas.get(name, [HAND_MADE]):
-                theta = None if path == HAND_MADE else path
-                label = name if theta is None else f"{name}@{_stem(path)}"
-                found.append(learned(label, parts, theta))
+            own = str(theta_file(name)) if name in shipped() else HAND_MADE
+            for path in thetas.get(name, [own]):
+                label = name if path == own else f"{name}@{_stem(path)}"
+                found.append(learned(label, parts, None if path == HAND_MADE else path))
         else:
             found.append(_from_path(name))
     labels = [c.label for c in found]
@@ -232,7 +235,9 @@ def learned(label: str, parts: Mapping[str, Any], path: str | None) -> Contender
     theta = jax.device_get(theta)
     of_theta = digest(flatten(theta), {})
     own = optimizer.schedule.decides_rate
-    about = "hand-made theta" if path is None else f"theta of {path}, digest {of_theta[:12]}"
+    ours = path is not None and locate(path).parent == FOLDER
+    told = f"the package's theta {locate(path).stem}" if ours else f"theta of {path}"
+    about = "hand-made theta" if path is None else f"{told}, digest {of_theta[:12]}"
     about += _of_others(path, json.loads(text)) if path else ""
     return Contender(
         label=label,
@@ -288,7 +293,7 @@ def _by_variant(names: Sequence[str], weights: Sequence[str]) -> dict[str, list[
             name, path = among[0], text
         elif name not in among:
             raise unknown("variant of --weights", name, among)
-        if path != HAND_MADE and not os.path.exists(path):
+        if path not in (HAND_MADE, *shipped()) and not os.path.exists(path):
             raise UserError(f"no weights at {path}: neither a theta file nor a run folder is there")
         thetas.setdefault(name, []).append(path)
     return thetas

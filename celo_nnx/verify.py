@@ -1,0 +1,76 @@
+"""Does the recipe of shipped weights still give what its log says? Its first meta-iterations, run again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from celo_nnx import weights
+from celo_nnx.errors import UserError
+from celo_nnx.meta.checkpoint import digest, flatten
+from celo_nnx.run_folder import RunFolder
+from celo_nnx.theta_io import load_theta, read_metadata
+from celo_nnx.training import read_families, train
+
+# Of a meta-loss, relative to the larger of 1 and its size. Other numbers of devices add in another order and
+# other versions fuse other operations; inner training of hundreds of steps magnifies a last bit.
+TOLERANCE = 1e-2
+
+
+def verify(name: str, *, data_dir: str = "", run_dir: str | Path | None = None) -> dict[str, Any]:
+    """Runs the first meta-iterations of weights again and compares their losses with the recorded ones.
+
+    Args:
+      name: of weights that come with the package.
+      data_dir: a folder of data files, looked up before ``CELO_NNX_DATA``.
+      run_dir: a new run folder to keep; by default a temporary one.
+
+    Returns:
+      ``name``, ``iterations``, ``largest_difference`` (relative to the larger of 1 and the loss),
+      ``tolerance``, whether the ``digest`` of the shipped file is the card's, the versions ``then`` and
+      whether all is ``ok``.
+
+    Raises:
+      UserError: no such weights, or their data are absent or have changed.
+
+    Example:
+      >>> verify("celo2", data_dir="data")["ok"]  # doctest: +SKIP
+      True
+    """
+    card = weights.card(name)
+    same = digest(flatten(load_theta(weights.theta_file(name))), {}) == card["digest"]
+    same = same and json.loads(read_metadata(weights.theta_file(name))["config"]) == card["config"]
+    made = card["made"]
+    recorded = np.array(made["first_losses"])
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(run_dir) if run_dir is not None else Path(folder) / "run"
+        config = ConfigDict(copy.deepcopy(card["config"]))
+        config.run.update(iterations=len(recorded), iterations_per_dispatch=len(recorded), data_dir=data_dir)
+        config.run.update(snapshots=0)
+        _same_data(config, made["data"])
+        train(config, run)
+        again = RunFolder(run).metrics["loss"]
+    difference = float(np.max(np.abs(again - recorded) / np.maximum(1.0, np.abs(recorded))))
+    return {
+        "name": name,
+        "iterations": len(recorded),
+        "largest_difference": difference,
+        "tolerance": TOLERANCE,
+        "digest": same,
+        "then": made["starts"][0].get("versions"),
+        "ok": bool(same and difference <= TOLERANCE),
+    }
+
+
+def _same_data(config: ConfigDict, recorded: dict[str, str]) -> None:
+    """Raises a :class:`UserError` where data are absent or not those of the record."""
+    _, found = read_families(config.tasks, config.run.data_dir)
+    for name, value in recorded.items():
+        if found.get(name) != value:
+            raise UserError(f"the data of {name!r} are not those that the weights were made with")
