@@ -26,6 +26,7 @@ from celo_nnx.evaluation.results import ADAM, Results, load_results
 from celo_nnx.evaluation.standings import Standing, standings
 from celo_nnx.files import told
 from celo_nnx.meta.checkpoint import digest, flatten
+from celo_nnx.run_files import agree
 from celo_nnx.run_folder import RunFolder
 from celo_nnx.run_report import date
 from celo_nnx.theta_io import FILE_NAME, load_theta, read_metadata, save_theta
@@ -70,16 +71,16 @@ def write_card(
     name = out.absolute().name
     path = Path(theta) if theta is not None else run.path / FILE_NAME
     found, header = load_theta(path), read_metadata(path)
-    if json.loads(header.get("config", "null")) != run.config:
-        raise UserError(f"{path} is not a theta of {run.path}: its header has another config")
+    agree(run.config, json.loads(header.get("config", "{}")), f"the theta {path}")
     chosen, judged = load_results(selection), load_results(evaluation)
     of_theta = digest(flatten(found), {})
-    candidates = {s.label: s for s in standings(chosen)}
     label, tested = _label(chosen, of_theta), _label(judged, of_theta)
-    for other, standing in candidates.items():
-        best = candidates[label].score["iqm"].value >= standing.score["iqm"].value
-        if not (best or _theta_of(chosen, other) is None):
-            raise UserError(f"{selection}: the selection rule prefers {other!r} to {label!r}: {RULE}")
+    rivals = {s.label: s for s in standings(chosen)}
+    parts = _decided(chosen, label)["learned"]
+    candidates = {k: s for k, s in rivals.items() if _decided(chosen, k).get("learned") == parts}
+    best = max(candidates, key=lambda k: candidates[k].score["iqm"].value)
+    if candidates[best].score["iqm"].value > candidates[label].score["iqm"].value:
+        raise UserError(f"{selection}: the selection rule prefers {best!r} to {label!r}: {RULE}")
     rate = fixed_rate(chosen, label)
     rows = run.metrics["iteration"] <= int(header["iteration"])
     card = {
@@ -102,9 +103,10 @@ def write_card(
             "rule": RULE,
             "suite": _suite(chosen),
             "candidates": [
-                _scores(standing) | {"theta": _theta_of(chosen, other), "chosen": other == label}
+                _scores(standing) | {"theta": _decided(chosen, other)["theta"], "chosen": other == label}
                 for other, standing in candidates.items()
             ],
+            "others": [_scores(standing) for k, standing in rivals.items() if k not in candidates],
         },
         "evaluation": {
             "suite": _suite(judged),
@@ -132,18 +134,17 @@ def write_card(
     return card
 
 
-def _theta_of(results: Results, label: str) -> str | None:
-    """The digest of a learned optimizer's theta; None for other optimizers."""
-    for task in results.tasks:
-        if label in task.entries:
-            return task.entries[label].cell.config["optimizer"].get("theta")
-    return None
+def _decided(results: Results, label: str) -> dict[str, Any]:
+    """What decides an optimizer, as its cells say; a learned one has its parts and the digest of theta."""
+    found = (task.entries[label].cell for task in results.tasks if label in task.entries)
+    cell = next(found, None)
+    return cell.config["optimizer"] if cell else {}
 
 
 def _label(results: Results, of_theta: str) -> str:
     """What an evaluation calls the optimizer with this theta."""
     for label in results.evaluation.labels:
-        if _theta_of(results, label) == of_theta:
+        if _decided(results, label).get("theta") == of_theta:
             return label
     raise UserError(f"{results.folder} has no optimizer with the theta of digest {of_theta[:12]}")
 

@@ -392,11 +392,16 @@ def load_optimizer(
     from celo_nnx.build import build
     from celo_nnx.weights import HAND_MADE, names, theta_file
 
-    if weights is None:
-        variant = source.partition(":")[0] if isinstance(source, str) else ""
-        weights = str(theta_file(variant)) if variant in names() else HAND_MADE
-    start = {"kind": HAND_MADE} if weights == HAND_MADE else {"kind": "file", "path": weights}
-    return build(load(source, overrides).optimizer, jax.random.key(0), start)
+    config = load(source, overrides).optimizer
+    variant = source.partition(":")[0] if isinstance(source, str) else ""
+    own = str(theta_file(variant)) if variant in names() else HAND_MADE
+    path = own if weights is None else weights
+    start = {"kind": HAND_MADE} if path == HAND_MADE else {"kind": "file", "path": path}
+    try:
+        return build(config, jax.random.key(0), start)
+    except UserError as error:
+        hint = f" (weights={HAND_MADE!r} needs no file)" if weights is None and own != HAND_MADE else ""
+        raise UserError(f"{error}{hint}") from None
 
 
 load_config = load

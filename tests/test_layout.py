@@ -69,7 +69,7 @@ ALLOWED = {
         "run_folder",
         "series",
     },
-    "cards": LEAVES | {"evaluation", "meta", "run_folder", "run_report", "theta_io", "weights"},
+    "cards": LEAVES | {"evaluation", "meta", "run_files", "run_folder", "run_report", "theta_io", "weights"},
     "verify": LEAVES | {"meta", "run_folder", "theta_io", "training", "weights"},
     "phases": LEAVES | {"config"},
     "run_files": LEAVES | {"lock", "meta", "phases", "processes", "run_folder"},

@@ -22,7 +22,7 @@ SMALL = ["optimizer.update_rule.hidden=(2,2)", "optimizer.features.groups=('grad
 def small(tmp_path_factory):
     """A theta file of a small Celo2-base; its header says so."""
     config = load("celo2_base:fast_digits", SMALL)
-    optimizer = load_optimizer("celo2_base:fast_digits", SMALL)
+    optimizer = load_optimizer("celo2_base:fast_digits", SMALL, weights="hand_made")
     theta = jax.tree.map(lambda x: x + 0.125, optimizer.theta)
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     parts = json.loads(json.dumps(config.optimizer.to_dict()))
@@ -48,7 +48,7 @@ def test_weights_take_the_place_of_the_hand_made_theta(small, tmp_path):
     assert labels(names) == ["adam", "celo2_base", "sgd", "mine"]
     assert labels(names, [path]) == ["adam", "celo2_base@run", "sgd", "mine"]
     found = contenders.contenders(names, ["celo2_base=hand_made", f"celo2_base={path}"])
-    assert [c.label for c in found] == ["adam", "celo2_base", "celo2_base@run", "sgd", "mine"]
+    assert [c.label for c in found] == ["adam", "celo2_base@hand_made", "celo2_base@run", "sgd", "mine"]
     hand, run = found[1], found[2]
     assert hand.rule("constant", 5) == run.rule("constant", 5), "two thetas of a variant share programs"
     assert hand.config["learned"] == run.config["learned"] and hand.config["theta"] != run.config["theta"]
@@ -81,7 +81,7 @@ def test_a_learned_rule_is_the_optimizer_at_that_rate(schedule):
     params = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "b": jnp.zeros(3)}
     grads = jax.tree.map(lambda x: x + 0.5, params)
     rate = 0.02 if schedule == "constant" else optax.cosine_decay_schedule(0.02, 4)
-    plain = load_optimizer("celo2", SMALL).as_optax(learning_rate=rate)
+    plain = load_optimizer("celo2", SMALL, weights="hand_made").as_optax(learning_rate=rate)
 
     def three(tx):
         state, updates = tx.init(params), []
@@ -103,7 +103,7 @@ def test_a_learned_schedule_is_not_tuned_and_rate_1_is_its_own():
     params = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
     grads = jax.tree.map(lambda x: x + 0.5, params)
     rule = found.rule("cosine", 7)(jnp.float32(1.0), *found.context)
-    plain = load_optimizer("celo", SMALL).as_optax(num_steps=7)
+    plain = load_optimizer("celo", SMALL, weights="hand_made").as_optax(num_steps=7)
     mine, theirs = (jax.jit(tx.update)(grads, tx.init(params), params, value=1.0)[0] for tx in (rule, plain))
     np.testing.assert_allclose(mine["w"], theirs["w"], rtol=1e-6)
 
