@@ -76,7 +76,7 @@ def write_card(
     of_theta = digest(flatten(found), {})
     label, tested = _label(chosen, of_theta), _label(judged, of_theta)
     rivals = {s.label: s for s in standings(chosen)}
-    parts = _decided(chosen, label)["learned"]
+    parts = _decided(chosen, label).get("learned")
     candidates = {k: s for k, s in rivals.items() if _decided(chosen, k).get("learned") == parts}
     best = max(candidates, key=lambda k: candidates[k].score["iqm"].value)
     if candidates[best].score["iqm"].value > candidates[label].score["iqm"].value:
@@ -138,7 +138,7 @@ def _decided(results: Results, label: str) -> dict[str, Any]:
     """What decides an optimizer, as its cells say; a learned one has its parts and the digest of theta."""
     found = (task.entries[label].cell for task in results.tasks if label in task.entries)
     cell = next(found, None)
-    return cell.config["optimizer"] if cell else {}
+    return cell.config.get("optimizer", {}) if cell else {}
 
 
 def _label(results: Results, of_theta: str) -> str:
