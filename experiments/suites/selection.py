@@ -11,7 +11,9 @@ def get_config() -> ConfigDict:
     digits = dict(datasets=("digits",), image_size=8, grey=True, validation=0.1, batch_size=16)
     tasks = dict(
         mixer=dict(kind="mlp_mixer", patch=2, width=24, depth=1, channel_hidden=48) | digits,
-        res_net=dict(kind="res_net", channels=(8, 16), blocks=1, normalization="batch") | digits,
+        res_net=dict(kind="res_net", channels=(4, 8), blocks=1, normalization="batch")
+        | digits
+        | dict(batch_size=8),
         transformer=dict(
             kind="transformer_lm",
             datasets=("sums",),
