@@ -2,19 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from celo_nnx.config import experiment
-from celo_nnx.experiments import celo
+from celo_nnx.experiments import celo, local_mixed
 
 
-def get_config(tasks: str = "local_mixed") -> ConfigDict:
-    """Returns the recipe; ``run.data_dir`` or ``CELO_NNX_DATA`` names the folder of the image files."""
-    config = experiment(celo.rule(), tasks)
-    # Published Celo learns its schedule last, while the rule rests; here the rule starts good and only rests.
-    mix = (("momentum_rms", 0, 1.0), ("momentum_rms", 1, 0.5))
-    config.theta_init.update(kind="hand_made", mix=mix)
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    config = local_mixed.recipe(celo.rule(), (("momentum_rms", 0, 1.0), ("momentum_rms", 1, 0.5)))
+    # As in the published second phase, the schedule learns while the rule rests, which starts good here.
     config.meta.frozen = ("update_rule/",)
-    config.meta.objective.scale = "log"
-    config.meta.optimizer.update(learning_rate=1e-3, warmup=50, weight_decay=0.0)
-    config.meta.average = 0.99
-    config.run.update(iterations=500, snapshots=250)
+    config.meta.optimizer.learning_rate = 1e-3
+    config.run.iterations = 400
     return config

@@ -1,22 +1,21 @@
-"""How ``celo2`` was made: ``celo-nnx train experiments/weights/celo2.py --run-dir runs/celo2``."""
+"""How ``celo2`` was made: ``celo-nnx train experiments/weights/celo2.py --run-dir runs/celo2``.
+
+``run.data_dir`` or ``CELO_NNX_DATA`` names the folder of the image files.
+"""
 
 from ml_collections import ConfigDict
 
-from celo_nnx.config import experiment
-from celo_nnx.experiments import celo2
+from celo_nnx.experiments import celo2, local_mixed
 
 
-def get_config(tasks: str = "local_mixed") -> ConfigDict:
-    """Returns the recipe; ``run.data_dir`` or ``CELO_NNX_DATA`` names the folder of the image files."""
-    config = experiment(celo2.rule(), tasks)
-    # Two momenta and a little of the gradient. A few hidden units carry it; noise wakes the others.
+def get_config() -> ConfigDict:
+    """Returns the recipe."""
+    # Three momenta and a little of the gradient; eight hidden units carry them all.
     mix = (("momentum", 0, 1.0), ("momentum", 1, 0.5), ("gradient", 0, 0.2), ("momentum", 2, 0.05))
-    config.theta_init.update(kind="hand_made", mix=mix, noise=0.01)
-    config.meta.objective.scale = "log"
-    # The step's RMS is the learning rate, so this only varies the rate: within a factor that still trains.
-    config.meta.augmentation.update(low=0.5, high=4.0)
-    config.meta.optimizer.update(learning_rate=4e-4, warmup=50, weight_decay=0.0)
-    config.meta.average = 0.99
+    config = local_mixed.recipe(celo2.rule(), mix)
     config.seed = 2
-    config.run.update(iterations=500, snapshots=250)
+    config.theta_init.noise = 0.01
+    # A step's RMS is the learning rate, so this only varies the rate: within what still trains.
+    config.meta.augmentation.update(low=0.5, high=4.0)
+    config.meta.optimizer.learning_rate = 4e-4
     return config
