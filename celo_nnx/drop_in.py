@@ -7,12 +7,15 @@
 ``celo2_base``            The learned rule alone, one rule for every tensor. No matrix products: for models
                           that are mostly embeddings or very wide, where Newton-Schulz costs too much.
 ``celo``                  A learned schedule too: nothing to tune, but it must know ``num_steps`` and see the
-                          loss (``value=``). For runs whose length is known, with meta-trained weights.
+                          loss (``value=``). For runs whose length is known.
 ========================  ==================================================================================
 
-Learning rate: the RMS of a matrix's step, whatever the gradient's scale. Search around 1e-2 for networks
-that are trained from scratch with a decaying schedule, lower for wide ones. Weight decay is decoupled and
-multiplied by the learning rate, as in ``optax.adamw``.
+Weights: meta-trained ones come with the package and are the default; ``celo_nnx.weights.card(name)`` says what
+they are, and ``experiments/weights/README.md`` where they are good and where they fail.
+
+Learning rate: the RMS of a matrix's step, whatever the gradient's scale. The default is what the cards
+recommend for a constant rate on small networks; search half-decades around 3e-3 with a decaying schedule.
+Weight decay is decoupled and multiplied by the learning rate, as in ``optax.adamw``.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ Schedule = Callable[[Array], Array]
 
 
 def celo2(
-    learning_rate: float | Array | Schedule = 1e-2,
+    learning_rate: float | Array | Schedule = 1e-3,
     weight_decay: float | Array = 0.0,
     *,
     weights: Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -52,10 +55,10 @@ def celo2(
     ``eta`` is 20 times as large.
 
     Args:
-      learning_rate: the RMS of a step, or an optax schedule of it. 1e-2 suits training from scratch.
+      learning_rate: the RMS of a step, or an optax schedule of it.
       weight_decay: decoupled, times the learning rate; 0.1 is usual for language models.
-      weights: theta as a tree, a ``.safetensors`` file, a run folder of ``celo-nnx train``, or the name
-        ``"hand_made"``, which is the default: it makes the rule Muon with exponential-average momentum.
+      weights: theta as a tree, a ``.safetensors`` file, a run folder of ``celo-nnx train``, or a name: by
+        default the package's of this rule; ``"hand_made"`` makes it Muon with exponential-average momentum.
       num_steps: length of the run in updates; this rule does not need it.
       mask: booleans like the parameters, or a function of them: which tensors are decayed.
       dimensions: ``optax.contrib.MuonDimensionNumbers`` or None (Adam) for each tensor, or a function of
@@ -74,7 +77,7 @@ def celo2(
 
     Example:
       >>> import jax.numpy as jnp, optax, celo_nnx
-      >>> tx = celo_nnx.celo2(optax.cosine_decay_schedule(1e-2, 1000), weight_decay=0.1)
+      >>> tx = celo_nnx.celo2(optax.cosine_decay_schedule(3e-3, 1000), weight_decay=0.1)
       >>> params = {"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
@@ -85,7 +88,7 @@ def celo2(
 
 
 def celo2_base(
-    learning_rate: float | Array | Schedule = 1e-2,
+    learning_rate: float | Array | Schedule = 1e-3,
     weight_decay: float | Array = 0.0,
     *,
     weights: Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -101,7 +104,7 @@ def celo2_base(
 
     Args:
       learning_rate, weight_decay, weights, num_steps, mask, dimensions, state_dtype, diagnostics: as in
-        :func:`celo2`; the hand-made weights step along RMS-normalized momentum here, and a tensor whose
+        :func:`celo2`; ``"hand_made"`` steps along RMS-normalized momentum here, and a tensor whose
         dimensions are None is looked at as by default.
 
     Returns:
@@ -112,7 +115,7 @@ def celo2_base(
 
     Example:
       >>> import jax.numpy as jnp, celo_nnx
-      >>> tx = celo_nnx.celo2_base(1e-2)
+      >>> tx = celo_nnx.celo2_base(1e-3)
       >>> state = tx.init({"w": jnp.ones((8, 4))})
 
     Source: OPTIMIZERS section 4.
@@ -138,7 +141,7 @@ def celo(
         published 1e-3.
       weight_decay, mask, dimensions, state_dtype, diagnostics: as in :func:`celo2`.
       num_steps: length of the run in updates.
-      weights: as in :func:`celo2`; published ones are read by ``celo-nnx import``. The hand-made ones step
+      weights: as in :func:`celo2`; published ones are read by ``celo-nnx import``. ``"hand_made"`` steps
         along RMS-normalized momentum at a constant rate.
 
     Returns:

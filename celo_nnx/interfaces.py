@@ -28,6 +28,7 @@ Who imports whom (an arrow points at what is imported; ``tests/test_layout.py`` 
     evaluation -> tasks, optimizer     components, optimizer, meta, tasks -> interfaces
     pretrained -> build, meta's digest     description, diagram, dead, model_file -> build, optimizer
     watch, run_report -> run_folder, series (watch needs no JAX); run_report also -> training, description
+    theta_io, drop_in, evaluation -> weights: those of the package, by name; cards, verify -> what made them
     experiments -> config helpers only: a variant is data
 
 Tensors. A *plane* is an array that broadcasts to a parameter's shape ``S``: ``S`` itself, or with size 1
