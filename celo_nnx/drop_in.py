@@ -10,8 +10,8 @@
                           loss (``value=``). For runs whose length is known.
 ========================  ==================================================================================
 
-Weights: meta-trained ones come with the package and are the default; ``celo_nnx.weights.card(name)`` says what
-they are, and ``experiments/weights/README.md`` where they are good and where they fail.
+Weights: meta-trained ones come with the package and are the default; ``celo_nnx.weights.card(name)`` says
+what they are, and ``experiments/weights/README.md`` where they are good and where they fail.
 
 Learning rate: the RMS of a matrix's step, whatever the gradient's scale. The default is what the cards
 recommend for a constant rate on small networks; search half-decades around 3e-3 with a decaying schedule.
