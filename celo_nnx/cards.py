@@ -114,7 +114,7 @@ def write_card(
             "optimizers": [_scores(standing) for standing in standings(judged)],
             "at_recommended_rate": at_rate(judged, tested, rate),
         },
-        "config": run.config,
+        "config": json.loads(header["config"]),
     }
     record: Files = {
         f"{name}.json": json.dumps(card, indent=1) + "\n",

@@ -139,6 +139,7 @@ def test_learning_rate_schedule_weight_decay_and_mask() -> None:
 def test_nnx_optimizer_with_diagnostics() -> None:
     """Paths end in ``.value`` at init and not at an update: figures and state keep their names."""
     model = nnx.Linear(6, 20, rngs=nnx.Rngs(0))
+    model.kernel[...], model.bias[...] = PARAMS["w"], PARAMS["b"]
     optimizer = nnx.Optimizer(model, celo_nnx.celo2(0.1, diagnostics=True), wrt=nnx.Param)
     grads = nnx.state(model, nnx.Param)
     grads["kernel"][...], grads["bias"][...] = GRADS[0]["w"], GRADS[0]["b"]
