@@ -16,7 +16,8 @@ from celo_nnx.grids.grid_file import MOST, Grid, Labels
 from celo_nnx.meta.checkpoint import canonical
 
 # Meta-losses of cells that differ here are not of one scale.
-SCALES = ("tasks", "meta.objective", "meta.unroll", "meta.augmentation", "meta.estimator")
+SCALES = ("tasks", "meta.objective", "meta.unroll", "meta.augmentation")
+SCALES += tuple(f"meta.estimator.{key}" for key in ("kind", "truncation", "batches", "std"))
 
 
 @dataclasses.dataclass(frozen=True)

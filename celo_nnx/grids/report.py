@@ -161,7 +161,7 @@ def summary(grid: GridFolder, rows: Sequence[Row], found: dict[str, list[Effect]
     states = [row.state for row in rows]
     done, failed = states.count("done"), states.count("failed")
     text = f"{done} of {len(rows)} cells are done"
-    text += f", {failed} have failed." if failed else "."
+    text += f", {failed} failed." if failed else "."
     out = [grid.question, text]
     if found:
         name, some = next(iter(found.items()))

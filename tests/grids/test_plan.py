@@ -80,7 +80,7 @@ def test_an_id_says_what_decides_the_result():
         (dict(overrides=("meta.std=1",)), "unknown config key of meta, 'std'"),
         (dict(axes={"rate": RATES, "more": {"a": (), "b": ()}}), "have the same config"),
         (dict(axes={"x": {"a": ("run.devices=1",), "b": ("run.devices=2",)}}), "only run.iterations"),
-        (dict(base="celo3:fast_digits"), "unknown config 'celo3' (did you mean 'celo2'?)"),
+        (dict(base="celo2_bas:fast_digits"), "unknown config 'celo2_bas' (did you mean 'celo2_base'?)"),
         (dict(suite="smok"), "unknown suite 'smok' (did you mean 'smoke'?)"),
         (dict(suite_overrides=("steps=5",)), "no suite"),
         (dict(skip=({"rate": ("1e-3", "3e-3")},)), "has 0 cells"),
@@ -89,7 +89,7 @@ def test_an_id_says_what_decides_the_result():
     ],
 )
 def test_mistakes_are_told_before_anything_runs(changes, words):
-    with pytest.raises(UserError, match=".") as caught:
+    with pytest.raises(UserError) as caught:
         plan(grid(**changes))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
