@@ -239,12 +239,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "plan",
         commands.grid_plan,
-        "show the cells of a grid, how many there are and in what they differ; runs nothing",
+        "show the cells of a grid, how many there are and in what they differ",
         "grid plan output_normalization",
-        "grid plan my_grid.py run.iterations=100",
+        "grid plan my_grid.py run.iterations=100 --probe",
         into=kinds,
     )
     grid(sub)
+    text = "also meta-train the first cell for a few meta-iterations, and say how long all of them will take"
+    sub.add_argument("--probe", action="store_true", help=text)
     sub = command(
         "run",
         commands.grid_run,

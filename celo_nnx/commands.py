@@ -154,7 +154,13 @@ def grid_plan(args: argparse.Namespace) -> int:
     from celo_nnx.grids.status import plan_lines
 
     grid = load_grid(args.grid, args.overrides)
-    print(*plan_lines(grid, plan(grid)), sep="\n")
+    cells = plan(grid)
+    print(*plan_lines(grid, cells), sep="\n", flush=True)
+    if args.probe:
+        from celo_nnx.grids.probe import probe, told
+
+        more = ", evaluation not counted" if grid.suite else ""
+        print(told(probe(cells), cells) + more)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from ml_collections import ConfigDict
 
 from celo_nnx import lock, training
 from celo_nnx.errors import UserError
-from celo_nnx.files import told, write_json
-from celo_nnx.grids.store import RESULT_NAME, CellFolder
+from celo_nnx.files import read_json, told, write_json
+from celo_nnx.grids.store import CELL_NAME, RESULT_NAME, CellFolder
 from celo_nnx.meta.checkpoint import digest, flatten
 from celo_nnx.run_folder import RunFolder
 from celo_nnx.series import mean
@@ -114,11 +115,15 @@ def course(losses: np.ndarray) -> dict[str, Any]:
 def evaluated(folder: CellFolder, content: dict[str, Any]) -> tuple[dict[str, float], float]:
     """Evaluates the cell's theta on its suite.
 
+    Adam, which scores are relative to, is the same for all cells: its runs are another cell's where one has
+    finished them.
+
     Returns:
-      Interquartile means of its final-loss score and speedup, and the seconds of all of its runs and Adam's.
+      Interquartile means of its final-loss score and speedup, and the seconds of the runs that it made.
     """
+    from celo_nnx.evaluation.cells import Cells
     from celo_nnx.evaluation.evaluate import evaluate
-    from celo_nnx.evaluation.results import load_results
+    from celo_nnx.evaluation.results import ADAM, load_results
     from celo_nnx.evaluation.standings import standings
     from celo_nnx.evaluation.suites import load_suite
 
@@ -126,15 +131,40 @@ def evaluated(folder: CellFolder, content: dict[str, Any]) -> tuple[dict[str, fl
     suite = load_suite(wanted["source"], wanted["overrides"])
     data_dir = content["config"]["run"]["data_dir"]
     names = [f"{LABEL}={folder.run_dir}"]
+    _borrow(folder, wanted["settings"])
     evaluate(suite, names, folder=folder.evaluation, data_dir=data_dir)
     results = load_results(folder.evaluation)
     found = next((s for s in standings(results) if s.label == LABEL), None)
     if found is None:
         reasons = "; ".join(f"{task}: {reason}" for task, reason in results.missing().items())
         raise UserError(f"the evaluation gave no scores: {reasons}")
-    entries = [entry for task in results.tasks for entry in task.entries.values()]
-    seconds = sum(entry.cell.measured.get("seconds", 0.0) for entry in entries)
+    borrowed = any(row["event"] == "borrowed" for row in folder.attempts())
+    mine = [cell for cell in Cells(folder.evaluation) if not (borrowed and cell.optimizer == ADAM)]
+    seconds = sum(cell.measured.get("seconds", 0.0) for cell in mine)
     return {name: float(getattr(found, name)["iqm"].value) for name in ("score", "speedup")}, seconds
+
+
+def _borrow(folder: CellFolder, suite: dict[str, Any]) -> None:
+    """Begins an evaluation with Adam's runs of a finished cell on the same suite, where there is one."""
+    from celo_nnx.evaluation.cells import Cells
+    from celo_nnx.evaluation.results import ADAM, FILE_NAME, read_evaluation, write_evaluation
+
+    if folder.evaluation.exists():
+        return
+    for path in sorted(folder.path.absolute().parent.glob(f"*/{RESULT_NAME}")):
+        other = CellFolder(path.parent)
+        theirs = (read_json(other.path / CELL_NAME) or {}).get("suite")
+        if theirs is None or theirs["settings"] != suite or not (other.evaluation / FILE_NAME).exists():
+            continue
+        evaluation, cells = read_evaluation(other.evaluation), Cells(other.evaluation)
+        adam = tuple(one for one in evaluation.optimizers if one["label"] == ADAM)
+        folder.note("borrowed", cell=other.path.name)
+        mine = Cells(folder.evaluation)
+        write_evaluation(folder.evaluation, dataclasses.replace(evaluation, optimizers=adam))
+        for cell in cells:
+            if cell.optimizer == ADAM:
+                mine.add(cell, cells.curves(cell))
+        return
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """A grid's folder: what runs, what is kept, what is refused; and the commands."""
 
 import json
+import re
 from pathlib import Path
 from unittest import mock
 
+import fake_run
 import made_grid
 import pytest
 
@@ -167,6 +169,9 @@ def test_commands(files, tmp_path, capsys, monkeypatch):
     path, folder = made_grid.file(files), str(tmp_path / "g")
     assert main(["grid", "plan", path, "run.iterations=4"]) == 0
     assert "12 cells, 48 meta-iterations" in capsys.readouterr().out
+    with fake_run.assembled(pause=0.02):
+        assert main(["grid", "plan", path, "--probe"]) == 0
+    assert re.search(r"about .* for 12 cells .* 0\.\d+ s a meta-iteration", capsys.readouterr().out)
     monkeypatch.setattr(local.Local, "__call__", lambda self, *args: made_grid.inline(*args))
     words = ["grid", "run", path, "--run-dir", folder, "--jobs", "2", "run.iterations=4", *SELDOM]
     with mock.patch.object(work.training, "train", side_effect=RuntimeError("no")):
