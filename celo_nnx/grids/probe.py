@@ -70,7 +70,7 @@ def told(found: Probe, cells: Sequence[Cell]) -> str:
 
     Example:
       >>> told(Probe(15.0, 0.15, 5400.0), [None] * 24)
-      'about 1.5 hours for 24 cells one after the other: 15 s to start and 0.15 s a meta-iteration, as the first'
+      'about 1.5 hours for 24 cells one after the other: 15 s to start and 0.15 s a meta-iteration, ...'
     """
     units = ((3600.0, "hours"), (60.0, "minutes"), (0.0, "seconds"))
     size, unit = next((size or 1.0, unit) for size, unit in units if found.total >= size)
