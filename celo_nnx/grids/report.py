@@ -207,7 +207,7 @@ def effect_row(effect: Effect) -> dict[str, Any]:
         "mean": text(effect.mean),
         "effect": "compared with" if first else signed(effect.effect),
         "ends": f"{signed(low)} to {signed(high)}" if math.isfinite(low) and not first else "",
-        "clear": not first and effect.half_width < abs(effect.effect),
+        "bold": not first and effect.half_width < abs(effect.effect),
         "pairs": f"{effect.seeds} x {effect.combinations}",
         "missing": effect.missing,
     }

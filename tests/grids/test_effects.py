@@ -111,6 +111,7 @@ def test_the_report_tells_effects_failures_and_the_best(folder):
     assert path == folder / "report.html" and "10 of 12 cells are done, 1 failed." in text
     assert "Which rate?" in text and "ValueError: &lt;b&gt;bad&lt;/b&gt;" in text and "<b>bad" not in text
     assert "<script" not in text and 'src="http' not in text and "@import" not in text
+    assert text.count("<b>") == 1 and "<b>+0.5</b>" in text  # the effect of std, the same for all seeds
     assert text.count("<svg") == 3  # variants, rate, std
     # Of the variants whose seeds are all done, 3e-3 with a small std is best.
     assert "mean over 3 seeds: rate=3e-3 std=small" in text
