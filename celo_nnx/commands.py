@@ -148,6 +148,72 @@ def _is_setting(text: str) -> bool:
     return bool(equals) and key.split(".")[0] in SETTINGS
 
 
+def grid_plan(args: argparse.Namespace) -> int:
+    from celo_nnx.grids.grid_file import load_grid
+    from celo_nnx.grids.plan import plan
+    from celo_nnx.grids.status import plan_lines
+
+    grid = load_grid(args.grid, args.overrides)
+    cells = plan(grid)
+    print(*plan_lines(grid, cells), sep="\n", flush=True)
+    if args.probe:
+        from celo_nnx.grids.probe import probe, told
+
+        more = ", evaluation not counted" if grid.suite else ""
+        print(told(probe(cells), cells) + more)
+    return 0
+
+
+def grid_run(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from celo_nnx.training import stop_on_signals
+
+    with stop_on_signals("stopping: cells under way finish their dispatch and save") as stop:
+        from celo_nnx.grids.drive import run
+        from celo_nnx.grids.grid_file import load_grid
+        from celo_nnx.grids.local import Local
+
+        engine = Local(jobs=args.jobs, retries=args.retries)
+        grid = load_grid(args.grid, args.overrides)
+        words = ["celo-nnx", "grid", "run", args.grid, *args.overrides, "--run-dir", args.run_dir]
+        words += ["--jobs", str(args.jobs), "--retries", str(args.retries)]
+        command = shlex.join(words)
+        options = dict(accept_changed=args.accept_changed, command=command, stop=stop)
+        outcome = run(grid, args.run_dir, engine, **options)
+    print(json.dumps(dataclasses.asdict(outcome)))
+    if outcome.stopped_by:
+        print(f"stopped; finished cells are kept, and this goes on: {command}", file=sys.stderr)
+        return 0
+    print(f"its effects as a page: celo-nnx grid report {shlex.quote(args.run_dir)}", file=sys.stderr)
+    return 0 if outcome.done == outcome.cells else 1
+
+
+def grid_cell(args: argparse.Namespace) -> int:
+    from celo_nnx.training import stop_on_signals
+
+    with stop_on_signals() as stop:
+        from celo_nnx.grids.work import run_cell
+
+        print(json.dumps({"cell": args.dir, "state": run_cell(args.dir, stop=stop)}))
+    return 0
+
+
+def grid_status(args: argparse.Namespace) -> int:
+    from celo_nnx.grids.status import status_lines
+    from celo_nnx.grids.store import read_grid
+
+    print(*status_lines(read_grid(args.dir)), sep="\n")
+    return 0
+
+
+def grid_report(args: argparse.Namespace) -> int:
+    from celo_nnx.grids.report import write
+
+    print(f"report: {write(args.dir, args.out)}")
+    return 0
+
+
 def replay(args: argparse.Namespace) -> int:
     from celo_nnx.replay import main as replay
 

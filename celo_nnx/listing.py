@@ -1,4 +1,4 @@
-"""What ``celo-nnx list`` shows: parts, variants, weights, tasks, suites, baselines, data sets."""
+"""What ``celo-nnx list`` shows: parts, variants, weights, tasks, suites, grids, baselines, data sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from celo_nnx.errors import unknown
 
-KINDS = ("parts", "variants", "weights", "tasks", "suites", "baselines", "data")
+KINDS = ("parts", "variants", "weights", "tasks", "suites", "grids", "baselines", "data")
 
 
 def lines(what: str) -> str:
@@ -37,6 +37,10 @@ def lines(what: str) -> str:
         from celo_nnx.evaluation.suites import suites
 
         return _table(what, suites())
+    if what == "grids":
+        from celo_nnx.grids.grid_file import grids
+
+        return _table(what, grids())
     if what == "baselines":
         from celo_nnx.evaluation.baselines import BASELINES
 

@@ -384,11 +384,14 @@ def _iterate(
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
+def stop_on_signals(words: str = "stopping: the dispatch under way is finished and saved") -> Iterator[Stop]:
     """Turns SIGTERM and SIGINT into a request to save and stop.
 
     A second SIGINT quits at once, which loses no more than the time since the last checkpoint; a second
     SIGTERM does not, since cluster managers send it twice.
+
+    Args:
+      words: what a signal is answered with on stderr.
 
     Yields:
       A function that returns the number of the signal that came, or 0.
@@ -399,7 +402,7 @@ def stop_on_signals() -> Iterator[Stop]:
         if signum == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(signum)
-        os.write(2, b"stopping: the dispatch under way is finished and saved\n")
+        os.write(2, f"{words}\n".encode())
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

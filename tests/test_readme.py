@@ -13,6 +13,8 @@ import pytest
 from celo_nnx import cli
 from celo_nnx.config import load
 from celo_nnx.evaluation.suites import load_suite
+from celo_nnx.grids.grid_file import load_grid
+from celo_nnx.grids.plan import plan
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -21,7 +23,7 @@ SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) f
 
 def test_it_shows_code() -> None:
     assert not re.search(r"[A-Z]+_TABLE|TODO", README)
-    assert len(PYTHON) == 5 and sum(line.startswith("celo-nnx") for line in SHELL) >= 3
+    assert len(PYTHON) == 6 and sum(line.startswith("celo-nnx") for line in SHELL) >= 3
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=range(len(PYTHON)))
@@ -45,6 +47,10 @@ def test_commands_are_understood(line: str, capsys: pytest.CaptureFixture[str]) 
     elif command == "evaluate":
         args = cli._parse([command, *rest])
         load_suite(args.suite, args.overrides)
+    elif command == "grid" and rest[0] != "plan":
+        args = cli._parse([command, *rest])
+        if rest[0] == "run":
+            plan(load_grid(args.grid, args.overrides))
     else:
         assert cli.main([command, *rest]) == 0
         assert capsys.readouterr().out

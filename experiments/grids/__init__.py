@@ -1,0 +1,1 @@
+"""Ablation grids as data, one file a grid: read by ``celo_nnx.grids``."""

@@ -1,0 +1,19 @@
+"""``celo-nnx grid`` whose cells have the stand-in for the meta-trainer: ``fake_grid.py run ...``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from celo_nnx import cli
+from celo_nnx.grids import local
+
+
+def command(path: Path) -> list[str]:
+    """The command line of a cell."""
+    return [sys.executable, str(Path(__file__).with_name("fake_cell.py")), str(path)]
+
+
+if __name__ == "__main__":
+    local.Local.__init__.__defaults__ = (1, 2, command)
+    sys.exit(cli.main(["grid", *sys.argv[1:]]))

@@ -1,0 +1,151 @@
+"""Effects of axes against numbers computed by hand, and the report that shows them."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import made_grid
+import made_run
+import numpy as np
+import pytest
+
+from celo_nnx.errors import UserError
+from celo_nnx.grids import report
+from celo_nnx.grids.drive import run
+from celo_nnx.grids.effects import complete, effects, key
+from celo_nnx.grids.grid_file import load_grid
+from celo_nnx.grids.store import read_grid
+
+# Meta-losses by rate, std and seed. The large rate is better by 1, 2 and 3, averaged over std; the large std
+# is worse by 0.5 for every seed.
+LOSSES = {
+    ("1e-3", "small"): (4.0, 5.0, 6.0),
+    ("1e-3", "large"): (4.5, 5.5, 6.5),
+    ("3e-3", "small"): (3.0, 3.0, 3.0),
+    ("3e-3", "large"): (3.5, 3.5, 3.5),
+}
+T2 = 4.302652729911275  # Student's 97.5 % quantile at two degrees of freedom
+AXES = {"rate": ["1e-3", "3e-3"], "std": ["small", "large"]}
+
+
+def table(without=()):
+    out = {}
+    for (rate, std), losses in LOSSES.items():
+        for seed, loss in enumerate(losses):
+            if (rate, std, seed) not in without:
+                out[key({"rate": rate, "std": std}, seed)] = loss
+    return out
+
+
+def test_effects_are_those_computed_by_hand():
+    found = {(e.axis, e.label): e for e in effects(AXES, list(table()), table())}
+    rate = found["rate", "3e-3"]
+    # -1, -2, -3 by seed: mean -2, standard deviation 1.
+    assert rate.effect == pytest.approx(-2.0) and rate.half_width == pytest.approx(T2 / math.sqrt(3))
+    assert rate.mean == pytest.approx(3.25)
+    assert (rate.seeds, rate.combinations, rate.missing) == (3, 2, 0)
+    std = found["std", "large"]
+    assert (std.effect, std.half_width) == (pytest.approx(0.5), pytest.approx(0.0))
+    for axis, labels in AXES.items():
+        first = found[axis, labels[0]]
+        assert first.effect == 0.0 and math.isnan(first.half_width)
+
+
+def test_pairs_without_a_number_are_left_out_whole():
+    planned = list(table())
+    one = [("3e-3", "large", 1)]
+    rate, std = (e for e in effects(AXES, planned, table(one)) if e.label in ("3e-3", "large"))
+    # Seed 1 goes: -1 and -3 are left.
+    assert rate.effect == pytest.approx(-2.0) and (rate.seeds, rate.combinations, rate.missing) == (2, 2, 1)
+    assert rate.half_width == pytest.approx(12.706204736432095 * math.sqrt(2) / math.sqrt(2))
+    assert std.effect == pytest.approx(0.5) and std.missing == 1
+    nan = table() | {key({"rate": "3e-3", "std": "large"}, 1): math.nan}
+    assert effects(AXES, planned, nan)[1] == rate
+    combination = [("3e-3", "large", seed) for seed in range(3)]
+    rate = effects(AXES, planned, table(combination))[1]
+    assert (rate.seeds, rate.combinations) == (3, 1) and rate.effect == pytest.approx(-2.0)
+    none = effects(AXES, planned, {})[1]
+    assert math.isnan(none.effect) and (none.seeds, none.missing) == (0, 6)
+
+
+def test_skipped_combinations_are_not_missing():
+    planned = [k for k in table() if dict(k[0]) != {"rate": "3e-3", "std": "large"}]
+    rate = effects(AXES, planned, {k: table()[k] for k in planned})[1]
+    assert (rate.seeds, rate.combinations, rate.missing) == (3, 1, 0)
+
+
+def test_what_lacks_most_goes_first():
+    whole = np.ones((2, 8), bool)
+    whole[1, 3] = False
+    rows, columns = complete(whole)
+    assert len(rows) == 2 and columns.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A grid whose cells have made-up results, but for one that failed and one that waits."""
+    grid = load_grid(made_grid.file(tmp_path))
+    path = tmp_path / "<grid>"
+    run(grid, path, lambda folders, stop, tell: None, command="celo-nnx grid run small.py --run-dir g")
+    for entry in read_grid(path).cells:
+        place = (entry.labels["rate"], entry.labels["std"])
+        loss = LOSSES[place][entry.seed]
+        if (*place, entry.seed) == ("3e-3", "large", 2):
+            entry.folder.note("start")
+            entry.folder.note("failed", error="ValueError: <b>bad</b>")
+            continue
+        if (*place, entry.seed) == ("3e-3", "large", 1):
+            continue
+        entry.folder.note("start")
+        made_run.make(entry.folder.run_dir, made_run.course([loss + 1] * 6 + [loss] * 6), total=12)
+        outcome = {"meta_loss": loss, "first_meta_loss": loss + 1, "iterations": 12, "nonfinite": 0}
+        content = {"id": entry.id, "outcome": outcome, "cost": {"train_seconds": 5.0, "starts": 1}}
+        (entry.folder.path / "result.json").write_text(json.dumps(content))
+    return path
+
+
+def test_the_report_tells_effects_failures_and_the_best(folder):
+    path = report.write(folder)
+    text = path.read_text()
+    assert path == folder / "report.html" and "10 of 12 cells are done, 1 failed." in text
+    assert "Which rate?" in text and "ValueError: &lt;b&gt;bad&lt;/b&gt;" in text and "<b>bad" not in text
+    assert "<script" not in text and 'src="http' not in text and "@import" not in text
+    assert text.count("<b>") == 1 and "<b>+0.5</b>" in text  # the effect of std, the same for all seeds
+    assert text.count("<svg") == 3  # variants, rate, std
+    # Of the variants whose seeds are all done, 3e-3 with a small std is best.
+    assert "mean over 3 seeds: rate=3e-3 std=small" in text
+    assert "celo-nnx train celo2:fast_digits run.iterations=12" in text
+    assert "meta.optimizer.learning_rate=3e-3 seed=0 --run-dir runs/best" in text
+    assert "Cells differ in meta.estimator.std" in text
+    assert "<dd>120</dd>" in text and "<dd>0:50</dd>" in text
+    rows = list(csv.DictReader((folder / "effects.csv").read_text().splitlines()))
+    rate = next(row for row in rows if row["label"] == "3e-3")
+    # Two of three seeds of the large std are missing, so the small one is what is compared: -1, -2, -3.
+    assert float(rate["effect"]) == pytest.approx(-2.0) and float(rate["mean"]) == pytest.approx(3.0)
+    assert float(rate["low"]) == pytest.approx(-2 - T2 / math.sqrt(3)) and rate["missing_pairs"] == "2"
+    cells = list(csv.DictReader((folder / "cells.csv").read_text().splitlines()))
+    assert [row["state"] for row in cells].count("done") == 10 and cells[0]["meta_loss"] == "4.0"
+    assert report.write(folder) == path  # a newer one replaces an older
+    (folder / "report.html").write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        report.write(folder)
+    assert report.write(folder, folder.parent / "r.html").exists()
+    assert (folder.parent / "r-cells.csv").exists()
+
+
+def test_scores_come_first(folder):
+    for entry in read_grid(folder).cells:
+        if (result := entry.folder.result()) is not None:
+            result["outcome"] |= {"score": 10 - result["outcome"]["meta_loss"], "speedup": 1.5}
+            (entry.folder.path / "result.json").write_text(json.dumps(result))
+    text = report.write(folder).read_text()
+    assert text.index("Effects on the final-loss score") < text.index("Effects on the meta-loss")
+    assert "By final-loss score, mean over 3 seeds: rate=3e-3 std=small" in text
+
+
+def test_a_grid_without_results_has_a_report(tmp_path):
+    grid = load_grid(made_grid.file(tmp_path))
+    run(grid, tmp_path / "g", lambda folders, stop, tell: None)
+    text = report.write(tmp_path / "g").read_text()
+    assert "0 of 12 cells are done." in text and "The best variant" not in text and "<svg" not in text
