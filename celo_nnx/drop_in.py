@@ -88,7 +88,7 @@ def celo2(
 
 
 def celo2_base(
-    learning_rate: float | Array | Schedule = 1e-3,
+    learning_rate: float | Array | Schedule = 3.16e-3,
     weight_decay: float | Array = 0.0,
     *,
     weights: Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -115,7 +115,7 @@ def celo2_base(
 
     Example:
       >>> import jax.numpy as jnp, celo_nnx
-      >>> tx = celo_nnx.celo2_base(1e-3)
+      >>> tx = celo_nnx.celo2_base(3e-3)
       >>> state = tx.init({"w": jnp.ones((8, 4))})
 
     Source: OPTIMIZERS section 4.
