@@ -12,15 +12,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from celo_nnx import weights
+from celo_nnx.devices import cores
 from celo_nnx.errors import UserError
 from celo_nnx.meta.checkpoint import digest, flatten
 from celo_nnx.run_folder import RunFolder
 from celo_nnx.theta_io import load_theta, read_metadata
 from celo_nnx.training import read_families, train
 
-# Of a meta-loss, relative to the larger of 1 and its size. Other numbers of devices add in another order and
-# other versions fuse other operations; inner training of hundreds of steps magnifies a last bit.
-TOLERANCE = 1e-2
+# Of a meta-loss, relative to the larger of 1 and its size. Other versions and machines add in another order, and
+# inner training of hundreds of steps magnifies a last bit: on two devices in place of one celo2's recipe differs
+# by 0.009. The largest difference from another seed's 20 losses is 0.36.
+TOLERANCE = 0.03
 
 
 def verify(name: str, *, data_dir: str = "", run_dir: str | Path | None = None) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def verify(name: str, *, data_dir: str = "", run_dir: str | Path | None = None) 
         run = Path(run_dir) if run_dir is not None else Path(folder) / "run"
         config = ConfigDict(copy.deepcopy(card["config"]))
         config.run.update(iterations=len(recorded), iterations_per_dispatch=len(recorded), data_dir=data_dir)
-        config.run.update(snapshots=0)
+        config.run.update(snapshots=0, devices=_devices(made["starts"][0]))
         _same_data(config, made["data"])
         train(config, run)
         again = RunFolder(run).metrics["loss"]
@@ -66,6 +68,12 @@ def verify(name: str, *, data_dir: str = "", run_dir: str | Path | None = None) 
         "then": made["starts"][0].get("versions"),
         "ok": bool(same and difference <= TOLERANCE),
     }
+
+
+def _devices(start: dict[str, Any]) -> int:
+    """As many CPU devices as the record had, where there are so many cores; else the run's own choice."""
+    then = start["devices"]
+    return then["count"] if then["platform"] == "cpu" and then["count"] <= cores() else 0
 
 
 def _same_data(config: ConfigDict, recorded: dict[str, str]) -> None:

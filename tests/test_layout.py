@@ -85,7 +85,7 @@ ALLOWED = {
         "training",
     },
     "cards": LEAVES | {"evaluation", "meta", "run_files", "run_folder", "run_report", "theta_io", "weights"},
-    "verify": LEAVES | {"meta", "run_folder", "theta_io", "training", "weights"},
+    "verify": LEAVES | {"devices", "meta", "run_folder", "theta_io", "training", "weights"},
     "phases": LEAVES | {"config"},
     "run_files": LEAVES | {"lock", "meta", "phases", "processes", "run_folder"},
     "theta_io": LEAVES | {"meta", "weights"},

@@ -49,8 +49,8 @@ def test_a_recipe_gives_its_record_again_and_what_differs_is_told(
     code, text = verify()
     row = json.loads(text)
     assert code == 0 and row["ok"] and row["digest"] and row["largest_difference"] == 0.0 and result.finished
-    code, text = verify(first_losses=[losses[0], losses[1] + 0.05, losses[2]])
-    assert code == 1 and 0.01 < json.loads(text)["largest_difference"] <= 0.05
+    code, text = verify(first_losses=[losses[0], losses[1] + 0.5, losses[2]])
+    assert code == 1 and 0.03 < json.loads(text)["largest_difference"] <= 0.5
     code, text = verify(data={name: "0" * 64 for name in run.info["data"]})
     assert code == 2 and "are not those that the weights were made with" in text and text.count("\n") == 1
     card["digest"] = "0" * 64

@@ -1,4 +1,7 @@
-"""How ``celo2_base`` was made: ``celo-nnx train experiments/weights/celo2_base.py --run-dir runs/celo2_base``."""
+"""How ``celo2_base`` was made.
+
+``celo-nnx train experiments/weights/celo2_base.py --run-dir runs/celo2_base``
+"""
 
 from ml_collections import ConfigDict
 
