@@ -19,9 +19,9 @@ from celo_nnx.run_folder import RunFolder
 from celo_nnx.theta_io import load_theta, read_metadata
 from celo_nnx.training import read_families, train
 
-# Of a meta-loss, relative to the larger of 1 and its size. Other versions and machines add in another order, and
-# inner training of hundreds of steps magnifies a last bit: on two devices in place of one celo2's recipe differs
-# by 0.009. The largest difference from another seed's 20 losses is 0.36.
+# Of a meta-loss, relative to the larger of 1 and its size. Other versions and machines add in another order,
+# and inner training of hundreds of steps magnifies a last bit: on two devices in place of one celo2's recipe
+# differs by 0.009. The largest difference from another seed's 20 losses is 0.36.
 TOLERANCE = 0.03
 
 
