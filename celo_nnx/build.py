@@ -25,6 +25,7 @@ from celo_nnx.components.tensor_features import TENSOR_FEATURES
 from celo_nnx.components.trackers import TRACKERS
 from celo_nnx.components.update_rules import ROUTE_RULES, STEPS, UPDATE_RULES
 from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.interfaces import OUTPUT
 from celo_nnx.optimizer import LearnedOptimizer, Settings
 from celo_nnx.precision import Storage
 from celo_nnx.tensors import Tensors
@@ -251,6 +252,13 @@ def build(
     keys = jax.random.split(jax.random.fold_in(key, 2))
     simple = [slot for slot in SLOTS if slot not in ("update_rule", "schedule")]
     parts |= {slot: _part(SLOTS[slot], config[slot], f"optimizer.{slot}") for slot in simple}
+    if parts["normalization"].decay is not None:
+        kind = config["normalization"]["kind"]
+        raise UserError(
+            f"optimizer.normalization.kind={kind!r} keeps an average over updates: for the step alone"
+        )
+    if OUTPUT in parts["accumulators"]:
+        raise UserError(f"optimizer.accumulators: {OUTPUT!r} is the name of another state; take another")
     sizes = {n: getattr(a, "size", 1) for n, a in parts["accumulators"].items()}
     try:
         widths = {n: f.width(sizes) for n, f in parts["features"].items()}

@@ -54,6 +54,8 @@ from celo_nnx.views import Controls, RunView, TensorSpec, TensorView
 Array = jax.Array
 PyTree = Any
 
+OUTPUT = "output"  # names a rolling output normalization's average among the accumulators' states
+
 __all__ = ["Controls", "RunView", "TensorSpec", "TensorView"]
 
 
@@ -109,7 +111,13 @@ class Feature(Part):
 
 
 class Normalization(Part):
-    """Rescales planes by a statistic of their own."""
+    """Rescales planes by a statistic of their own.
+
+    With a ``decay``, which only an output normalization may have, that statistic is a running average over
+    the updates, with bias correction; without, that of each update alone.
+    """
+
+    decay: float | None = None
 
     def scale(self, mean_square: Array) -> Array:
         """Returns the factor for planes whose mean square over the axes is ``mean_square``."""

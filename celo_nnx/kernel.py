@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from celo_nnx.interfaces import (
+    OUTPUT,
     Accumulator,
     Controls,
     Feature,
@@ -82,8 +83,8 @@ class TensorKernel:
         Returns:
           (step ``[*S]``, to be subtracted; next state; the update rule's feedback).
         """
-        grad, controls = self._clip(grad), self.controls.of(number)
-        state, stats = self.accumulate(spec, grad, state, number, controls)
+        grad, controls, old = self._clip(grad), self.controls.of(number), state
+        state, stats = self.accumulate(spec, grad, old, number, controls)
         view = (param, grad, stats)
         axes = self.normalization.axes(spec)
         squares = block_mean_squares(lambda t: self._flat(spec, t), view, spec.shape, axes)
@@ -91,8 +92,8 @@ class TensorKernel:
         prepared = self._prepare(spec, groups, squares, controls, lambda: TensorView(*view, spec))
         step, feedback = self._fenced_rule(spec, view, prepared, spec.shape, self.step.factor(param))
         step = self.orthogonalization(step, spec)
-        step = self.step.finish(step * self._output_scale(step, spec), stats)
-        return step, state, feedback
+        scale, average = self._output_scale(step, spec, old.get(OUTPUT))
+        return self.step.finish(step * scale, stats), state | average, feedback
 
     def accumulate(
         self,
@@ -111,7 +112,7 @@ class TensorKernel:
 
     def read(self, spec: TensorSpec, state: dict[str, PyTree]) -> dict[str, Any]:
         """Returns the readings of some accumulators."""
-        loaded = self.storage.load(state)
+        loaded = self.storage.load({n: x for n, x in state.items() if n != OUTPUT})
         return {n: self.accumulators[n].read(x, spec, self.run.count) for n, x in loaded.items()}
 
     def tiled(
@@ -181,7 +182,11 @@ class TensorKernel:
         made = self.orthogonalization(step, spec)
         if made is not step:
             steps = lax.dynamic_update_index_in_dim(steps, made, index, 0)
-        return state | moving, steps, self._output_scale(made, spec), total
+        state |= moving
+        kept = _at(state[OUTPUT], index) if OUTPUT in state else None
+        scale, average = self._output_scale(made, spec, kept)
+        state |= {n: lax.dynamic_update_index_in_dim(state[n], x, index, 0) for n, x in average.items()}
+        return state, steps, scale, total
 
     def row(
         self,
@@ -342,10 +347,24 @@ class TensorKernel:
         like = (view[1], jax.ShapeDtypeStruct((self.update_rule.feedback,), jnp.float32))
         return fence(rule, like, view, prepared)
 
-    def _output_scale(self, step: Array, spec: TensorSpec) -> Array:
-        axes = self.output_normalization.axes(spec)
-        square = block_mean_squares(lambda x: [x], step, spec.shape, axes)[0]
-        return self.output_normalization.scale(square)
+    def _output_scale(
+        self, step: Array, spec: TensorSpec, average: Array | None, square: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns the step's factor, and the next average of its mean square where one is kept.
+
+        Args:
+          step: after orthogonalization.
+          spec: the tensor's description.
+          average: of the mean squares of the steps before, as it is kept; None where none is.
+          square: the step's mean square, where it is known.
+        """
+        norm = self.output_normalization
+        if square is None:
+            square = block_mean_squares(lambda x: [x], step, spec.shape, norm.axes(spec))[0]
+        if norm.decay is None:
+            return norm.scale(square), {}
+        average = norm.decay * average + (1 - norm.decay) * square
+        return norm.scale(average / (1 - norm.decay ** (self.run.count + 1.0))), {OUTPUT: average}
 
 
 def over_tiles(full: int, size: int, body: Callable[..., PyTree], carry: PyTree) -> PyTree:

@@ -227,6 +227,10 @@ def from_config(config: ConfigDict) -> NaiveCelo2:
     if config.orthogonalization.kind not in ("newton_schulz", "identity"):
         kind = config.orthogonalization.kind
         raise unknown("orthogonalization of the plain twin", kind, ("newton_schulz", "identity"))
+    kinds = ("second_moment",)
+    for slot in ("normalization", "output_normalization"):
+        if config[slot].kind not in kinds:
+            raise unknown(f"{slot} of the plain twin", config[slot].kind, kinds)
     return NaiveCelo2(
         None,
         orthogonalize=config.orthogonalization.kind != "identity",

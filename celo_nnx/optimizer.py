@@ -16,6 +16,7 @@ from flax import nnx
 from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.groups import rows_of_group, stacked, update_group
 from celo_nnx.interfaces import (
+    OUTPUT,
     Accumulator,
     Clip,
     Controls,
@@ -243,8 +244,9 @@ class LearnedOptimizer(nnx.Module):
           ``{"version", "count", "num_steps": int32 scalars, "clip", "tracker", "schedule": those parts'
           states, "learned": {shape: {accumulator: state}}, "routes": {route: its rule's state}}``. Tensors of
           one shape share an entry, stacked on a leading axis in flatten order, so that their update compiles
-          once. ``version`` changes when this tree does: a restored state of another version is refused at the
-          first update outside jit, and inside jit where its tree differs.
+          once; a rolling output normalization's average is in it as ``"output"``. ``version`` changes when
+          this tree does: a restored state of another version is refused at the first update outside jit, and
+          inside jit where its tree differs.
 
         Raises:
           UserError: an integer or complex parameter, an unknown route, axes out of range, or a pattern that
@@ -259,6 +261,9 @@ class LearnedOptimizer(nnx.Module):
         groups = self._groups(params, table)
         for name, specs in groups.items():
             one = {n: storage.init(a.init(specs[0]), specs[0].shape) for n, a in self.accumulators.items()}
+            if self.output_normalization.decay is not None:
+                axes = self.output_normalization.axes(specs[0])
+                one[OUTPUT] = jnp.zeros([1 if a in axes else n for a, n in enumerate(specs[0].shape)])
             learned[name] = stacked(one, len(specs))
         return {
             "version": jnp.asarray(STATE_VERSION, jnp.int32),

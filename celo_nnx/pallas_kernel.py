@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from celo_nnx.interfaces import TensorSpec, TensorView
+from celo_nnx.interfaces import OUTPUT, TensorSpec, TensorView
 from celo_nnx.kernel import TensorKernel
 from celo_nnx.tiling import SIDES, Tiling, platform
 from celo_nnx.unrolled import UnsupportedError
@@ -110,12 +110,11 @@ class PallasKernel(TensorKernel):
         (step, moving), sums = tiling.run(write, (varying, *seen), like)
         made = self.orthogonalization(step, spec)
         axes = self.output_normalization.axes(spec)
-        if made is step and {len(spec.shape) - 2, len(spec.shape) - 1} <= set(axes):
-            scale = self.output_normalization.scale(tiling.means(sums[:, :1], axes)[0])
-        else:
-            scale = self._output_scale(made, spec)
+        known = made is step and {len(spec.shape) - 2, len(spec.shape) - 1} <= set(axes)
+        square = tiling.means(sums[:, :1], axes)[0] if known else None
+        scale, average = self._output_scale(made, spec, state.get(OUTPUT), square)
         feedback = jnp.sum(sums[:, 1:], 0) / math.prod(spec.shape)
-        return made * scale, reduced | moving, feedback
+        return made * scale, reduced | moving | average, feedback
 
     def _block_squares(
         self, spec: TensorSpec, tiling: Tiling, view: Any, seen: tuple[Any, ...]
