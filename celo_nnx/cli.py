@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from celo_nnx import commands, processes
+from celo_nnx import commands, grid_commands, processes
 from celo_nnx.errors import UserError, unknown
 
 
@@ -220,67 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--about", default="", metavar="TEXT", help="a line for celo-nnx list weights")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
 
-    grids = verbs.add_parser(
-        "grid",
-        help="ablation grids: many cells of meta-training and evaluation, one report",
-        epilog="celo-nnx grid run --help and so on show examples",
-    )
-    kinds = grids.add_subparsers(
-        dest="kind", metavar="plan|run|cell|status|report", required=True, parser_class=_Parser
-    )
-
-    def grid(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "grid", metavar="GRID", help="a grid (celo-nnx list grids), or a path to a grid file"
-        )
-        text = "changes to all cells, such as run.iterations=100"
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
-
-    sub = command(
-        "plan",
-        commands.grid_plan,
-        "show the cells of a grid, how many there are and in what they differ",
-        "grid plan output_normalization",
-        "grid plan my_grid.py run.iterations=100 --probe",
-        into=kinds,
-    )
-    grid(sub)
-    text = "also meta-train the first cell for a few meta-iterations, and say how long all of them will take"
-    sub.add_argument("--probe", action="store_true", help=text)
-    sub = command(
-        "run",
-        commands.grid_run,
-        "run the cells that have no result yet, each as a process of its own; the same command goes on after "
-        "any interruption. SIGTERM and Ctrl-C save and stop. Exit code 1 if cells have failed for good",
-        "grid run output_normalization --run-dir runs/output --jobs 2",
-        "grid run output_normalization run.iterations=50 --run-dir runs/few --retries 0",
-        into=kinds,
-    )
-    grid(sub)
-    sub.add_argument("--run-dir", required=True, metavar="DIR", help="the folder of the grid")
-    text = "cells at a time, among which cores and GPUs are shared out (default 1)"
-    sub.add_argument("--jobs", type=int, default=1, metavar="N", help=text)
-    text = "further attempts of a cell that fails or is killed (default 2)"
-    sub.add_argument("--retries", type=int, default=2, metavar="N", help=text)
-    text = "run cells anew that have begun with another config; the old folders stay"
-    sub.add_argument("--accept-changed", action="store_true", help=text)
-    text = "run one cell, or go on with it; what grid run starts"
-    sub = command("cell", commands.grid_cell, text, "grid cell runs/output/cells/0123456789ab", into=kinds)
-    sub.add_argument("dir", metavar="DIR", help="the cell's folder")
-    text = "a line for each cell: its state, how far it is, its numbers or why it failed"
-    sub = command("status", commands.grid_status, text, "grid status runs/output", into=kinds)
-    sub.add_argument("dir", metavar="DIR", help="the folder of a grid")
-    sub = command(
-        "report",
-        commands.grid_report,
-        "one HTML file on a grid, under way or over: effects of the axes, curves, cells, failures, cost, the "
-        "best cell's command; with cells.csv and effects.csv beside it",
-        "grid report runs/output",
-        "grid report runs/output --out output.html",
-        into=kinds,
-    )
-    sub.add_argument("dir", metavar="DIR", help="the folder of a grid")
-    sub.add_argument("--out", metavar="FILE", help="a new file (default DIR/report.html, which is renewed)")
+    grid_commands.add(verbs, command)
 
     bench = verbs.add_parser(
         "bench",

@@ -1,7 +1,8 @@
 """``celo-nnx grid cell`` with the stand-in for the meta-trainer: ``python tests/fake_cell.py DIR``.
 
-``FAKE_PAUSE`` is the time of a dispatch in seconds. Where a file ``break`` lies in the cell's folder, the
-cell fails with what it says; where it is named ``break-once``, only the first time.
+``FAKE_PAUSE`` is the time of a dispatch in seconds, or ``FAKE_PAUSE_ID`` that of the cell with this id. Where
+a file ``break`` lies in the cell's folder, the cell fails with what it says; where it is named
+``break-once``, only the first time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def main(folder: str) -> int:
                 raise RuntimeError(text)
         return train(*args, **options)
 
-    pause = float(os.environ.get("FAKE_PAUSE", "0"))
+    own = f"FAKE_PAUSE_{Path(folder).name}"
+    pause = float(os.environ.get(own, os.environ.get("FAKE_PAUSE", "0")))
     with fake_run.assembled(pause), mock.patch.object(work.training, "train", breaking):
         return cli.main(["grid", "cell", folder])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
 from celo_nnx import cli
-from celo_nnx.grids import local
+from celo_nnx.grids import local, slurm
 
 
 def command(path: Path) -> list[str]:
@@ -15,5 +16,6 @@ def command(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    local.Local.__init__.__defaults__ = (1, 2, command)
+    for engine in (local.Local, slurm.Slurm):
+        engine.__init__ = functools.partialmethod(engine.__init__, command=command)
     sys.exit(cli.main(["grid", *sys.argv[1:]]))

@@ -39,6 +39,34 @@ def get_config():
 '''
 RATE = '("meta.optimizer.learning_rate=3e-3",)'
 
+# Cells of the real trainer.
+TWELVE = '''
+"""Twelve short cells."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    rates = {x: (f"meta.optimizer.learning_rate={x}",) for x in ("3e-4", "1e-3", "3e-3")}
+    stds = {x: (f"meta.estimator.std={x}",) for x in ("0.01", "0.1")}
+    return ConfigDict(
+        dict(
+            question="Does a grid survive?",
+            base="celo2_base:fast_digits",
+            overrides=(
+                "run.iterations=60",
+                "run.iterations_per_dispatch=2",
+                "run.checkpoint_seconds=0.0",
+                "run.devices=1",
+                "optimizer.features.groups=('gradient','momentum')",
+                "meta.estimator.truncation=10",
+            ),
+            axes=(("rate", rates), ("std", stds)),
+            seeds=(0, 1),
+        )
+    )
+'''
+
 
 def file(folder: Path, text: str = FILE, rate: str = RATE, name: str = "small.py") -> str:
     """Writes a grid file."""

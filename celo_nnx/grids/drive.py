@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +16,12 @@ from typing import Any
 from celo_nnx import lock
 from celo_nnx.errors import UserError
 from celo_nnx.files import read_json, told
+from celo_nnx.grids import local, slurm
 from celo_nnx.grids.grid_file import Grid
 from celo_nnx.grids.local import Engine
 from celo_nnx.grids.plan import Cell, plan
 from celo_nnx.grids.store import (
+    CANCEL_NAME,
     CELL_NAME,
     GRID_NAME,
     CellFolder,
@@ -30,6 +33,7 @@ from celo_nnx.grids.store import (
 )
 from celo_nnx.run_files import differences
 
+PATIENCE = local.PATIENCE + 30.0  # seconds that a driver has to stop: its cells save first
 SHOWN = 4  # differences that a message names
 
 
@@ -87,7 +91,9 @@ def run(
     """
     begin, stop = time.monotonic(), stop or (lambda: 0)
     cells, folder = plan(grid), Path(folder)
+    asked = lambda: stop() or signal.SIGTERM * (folder / CANCEL_NAME).exists()  # noqa: E731
     with told(folder), _held(folder):
+        (folder / CANCEL_NAME).unlink(missing_ok=True)
         if (folder / GRID_NAME).exists() and not accept_changed:
             _refuse_changed(folder, grid, cells)
         write_grid(folder, grid, cells, command)
@@ -98,13 +104,38 @@ def run(
         names = {folder_of(folder, cell.id).path: cell.name for cell in cells}
         left = [one for one in folders if one.result() is None]
         teller = _Teller(names, len(cells) - len(left), len(left))
-        engine(left, stop, teller)
+        engine(left, asked, teller)
     done = sum(one.result() is not None for one in folders)
     failed = sum(one.state() == "failed" for one in folders)
     computed = done - (len(cells) - len(left))
-    signum = stop() if done < len(cells) else 0
+    signum = int(asked()) if done < len(cells) else 0
     seconds = round(time.monotonic() - begin, 1)
     return Outcome(str(folder), len(cells), done, computed, failed, signum, seconds)
+
+
+def cancel(folder: Path | str) -> int:
+    """Has the driver of a grid stop, wherever it runs, and ends the grid's jobs in Slurm; cells save.
+
+    Args:
+      folder: of the grid.
+
+    Returns:
+      How many jobs were queued or ran.
+
+    Raises:
+      UserError: no grid, a driver that does not stop, or Slurm cannot be asked.
+    """
+    folder = read_grid(folder).path
+    with told(folder):
+        (folder / CANCEL_NAME).touch()
+        end = time.monotonic() + PATIENCE
+        while lock.held(folder):  # before the jobs are counted: it may be submitting some
+            if time.monotonic() > end:
+                raise UserError(
+                    f"the driver of {folder} has not stopped in {PATIENCE:.0f} s: is it suspended?"
+                )
+            time.sleep(0.1)
+        return slurm.cancel(folder)
 
 
 class _Teller:

@@ -18,20 +18,21 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from celo_nnx.devices import cores
 from celo_nnx.errors import UserError, require
+from celo_nnx.grids.judge import Judge, Tell, check_retries, last_words
 from celo_nnx.grids.store import LOG_NAME, CellFolder
 
-Tell = Callable[[str, CellFolder], None]
 LOOK = 0.1  # seconds between two looks at the processes
 PATIENCE = 300.0  # seconds that a process has to finish its dispatch and save
-TAIL = 300  # bytes of a log that a reason quotes
 
 
 class Engine(Protocol):
-    """Runs cells; see the module's docstring."""
+    """Runs cells; see the module's docstring. ``lasting`` says whether they go on when the driver ends."""
+
+    lasting: ClassVar[bool]
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """Submits cells and waits for them.
@@ -39,7 +40,8 @@ class Engine(Protocol):
         Args:
           folders: cells without a result, each with its ``cell.json``.
           stop: a true value has the engine stop its processes, which save, and return.
-          tell: called with ``"started"``, ``"done"``, ``"retried"``, ``"failed"`` or ``"adopted"``.
+          tell: called with ``"started"`` or ``"submitted"``, ``"done"``, ``"retried"``, ``"failed"`` or
+            ``"adopted"``.
         """
 
 
@@ -85,16 +87,17 @@ class Local:
     jobs: int = 1
     retries: int = 2
     command: Callable[[Path], list[str]] = cell_command
+    lasting: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
         require(1 <= self.jobs <= 1024, "--jobs", self.jobs, "an integer from 1 to 1024")
-        require(0 <= self.retries <= 100, "--retries", self.retries, "an integer from 0 to 100")
+        check_retries(self.retries)
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`Engine`."""
         waiting, free = deque(folders), deque(slots(min(self.jobs, max(1, len(folders)))))
-        failures: dict[Path, int] = {}
+        judge = Judge(self.retries, tell)
         active: list[_Active] = []
         try:
             while (waiting or active) and not stop():
@@ -103,7 +106,8 @@ class Local:
                 for one in [one for one in active if _ended(one)]:
                     active.remove(one)
                     free.append(one.slot)
-                    if self._judge(one, failures, tell):
+                    reason = None if one.process is None else lambda one=one: _ending(one)
+                    if judge(one.folder, one.starts, reason):
                         waiting.append(one.folder)
                 time.sleep(LOOK)
         finally:
@@ -127,28 +131,12 @@ class Local:
         tell("started", folder)
         return _Active(folder, slot, process, starts)
 
-    def _judge(self, one: _Active, failures: dict[Path, int], tell: Tell) -> bool:
-        """Tells how a process ended; whether its cell is to be tried again."""
-        folder = one.folder
-        if folder.state() == "done":
-            tell("done", folder)
-            return False
-        if folder.held():  # two drivers' processes have met; this one gave way
-            return True
-        noted = folder.failure() and folder.starts() > one.starts
-        if one.process is not None and not noted:
-            folder.note("failed", error=_ending(one, folder))
-        failures[folder.path] = failures.get(folder.path, 0) + 1
-        again = failures[folder.path] <= self.retries
-        tell("retried" if again else "failed", folder)
-        return again
-
 
 def _ended(one: _Active) -> bool:
     return not one.folder.held() if one.process is None else one.process.poll() is not None
 
 
-def _ending(one: _Active, folder: CellFolder) -> str:
+def _ending(one: _Active) -> str:
     """How a process ended that noted no reason itself, with the last words of its log."""
     assert one.process is not None
     code = one.process.returncode
@@ -160,8 +148,7 @@ def _ending(one: _Active, folder: CellFolder) -> str:
         return what
     if code == 0:
         return "stopped from outside"
-    lines = (folder.path / LOG_NAME).read_bytes()[-TAIL:].decode("utf-8", "replace").splitlines()
-    return f"exit code {code}: {lines[-1] if lines else 'without a word'}"
+    return f"exit code {code}: {last_words(one.folder)}"
 
 
 def _stop(active: Sequence[_Active]) -> None:

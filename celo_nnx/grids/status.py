@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from celo_nnx.errors import UserError, printable
 from celo_nnx.grids.drive import told_outcome
 from celo_nnx.grids.grid_file import Grid
 from celo_nnx.grids.plan import Cell, differing
+from celo_nnx.grids.slurm import queued
 from celo_nnx.grids.store import STATES, CellFolder, GridFolder
 from celo_nnx.run_files import flat
 from celo_nnx.run_folder import RunFolder
@@ -52,20 +53,23 @@ def status_lines(grid: GridFolder) -> list[str]:
       >>> print(*status_lines(read_grid("runs/grid")), sep="\\n")  # doctest: +SKIP
     """
     rows, states = [["id", "cell", "state", "iteration", "starts", ""]], Counter()
+    jobs = queued(grid.path)
     for entry in grid.cells:
         state = entry.folder.state()
         states[state] += 1
         done = f"{progress(entry.folder):,}/{entry.iterations:,}"
         starts = str(entry.folder.starts())
-        rows.append([entry.id, printable(entry.name), state, done, starts, remark(entry.folder, state)])
+        rows.append([entry.id, printable(entry.name), state, done, starts, remark(entry.folder, state, jobs)])
     counts = ", ".join(f"{states[state]} {state}" for state in STATES if states[state])
     return [*table(rows), "", f"{len(grid.cells)} cells: {counts}"]
 
 
-def remark(folder: CellFolder, state: str) -> str:
-    """Returns a cell's numbers, or why it failed."""
+def remark(folder: CellFolder, state: str, jobs: Mapping[str, str]) -> str:
+    """Returns a cell's numbers, the state of its job in Slurm, or why it failed."""
     if state == "done":
         return told_outcome((folder.result() or {})["outcome"])
+    if folder.path.name in jobs:
+        return f"Slurm: {jobs[folder.path.name].lower()}"
     return printable(short(folder.failure())) if folder.failure() else ""
 
 

@@ -21,6 +21,7 @@ KIND = "celo_nnx grid"
 CELL_KIND = "celo_nnx grid cell"
 GRID_NAME, CELL_NAME, RESULT_NAME = "grid.json", "cell.json", "result.json"
 ATTEMPTS_NAME, LOG_NAME, RUN_NAME, EVALUATION_NAME = "attempts.jsonl", "log", "run", "evaluation"
+CANCEL_NAME = "cancel"  # a file that asks the grid's driver, wherever it runs, to stop
 STATES = ("done", "running", "failed", "stopped", "waiting")
 
 

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
         dict(
             question="Does augmenting the training tasks help on unseen tasks, and at which level?",
             base="celo2_base:fast_local",
-            overrides=("run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
+            overrides=("run.devices=1", "run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
             axes=(("augmentation", level),),
             seeds=(0, 1, 2),
             # Meta-losses of differently augmented tasks are not of one scale.

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
         dict(
             question="What do Celo's two phases, learned schedule, step scale and augmentation each add?",
             base="celo:fast_local",
-            overrides=("run.iterations=300", "meta.optimizer.learning_rate=3e-4"),
+            overrides=("run.devices=1", "run.iterations=300", "meta.optimizer.learning_rate=3e-4"),
             axes=(
                 (
                     "variant",

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         dict(
             question="Which estimator of the meta-gradient learns most from equally many inner steps?",
             base="celo2:fast_local",
-            overrides=("meta.optimizer.learning_rate=1e-3", "meta.unroll.maximum=1000"),
+            overrides=("run.devices=1", "meta.optimizer.learning_rate=1e-3", "meta.unroll.maximum=1000"),
             axes=(("estimator", kind),),
             seeds=(0, 1, 2),
             # What they log as their loss is the mean over a truncation or the loss at the end.

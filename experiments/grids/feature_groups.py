@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         dict(
             question="Which of the fourteen feature groups does the learned rule need?",
             base="celo2_base:fast_local",
-            overrides=("run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
+            overrides=("run.devices=1", "run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
             axes=(("features", groups),),
             seeds=(0, 1, 2),
         )

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
         dict(
             question="How does meta-training depend on the width and depth of the update MLP?",
             base="celo2:fast_local",
-            overrides=("run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
+            overrides=("run.devices=1", "run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
             axes=(("hidden", sizes),),
             seeds=(0, 1, 2),
         )

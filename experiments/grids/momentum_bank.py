@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             question="How many momenta does Celo2 need, and how slow?",
             base="celo2:fast_local",
             overrides=(
+                "run.devices=1",
                 "run.iterations=300",
                 "meta.optimizer.learning_rate=1e-3",
                 # This group has a plane for each pair of a momentum and a factored moment of one decay.

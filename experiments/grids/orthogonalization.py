@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
         dict(
             question="What does each of Celo2's additions to the learned rule change?",
             base="celo2:fast_local",
-            overrides=("run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
+            overrides=("run.devices=1", "run.iterations=300", "meta.optimizer.learning_rate=1e-3"),
             axes=(("step", step), ("rule", rule)),
             cells=(
                 ("weight decay 0.1", ("optimizer.weight_decay=0.1",)),

@@ -11,36 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import made_grid
 import pytest
 
 from celo_nnx.grids.store import CellFolder, GridFolder, read_grid
-
-FILE = '''
-"""Twelve short cells."""
-
-from ml_collections import ConfigDict
-
-
-def get_config():
-    rates = {x: (f"meta.optimizer.learning_rate={x}",) for x in ("3e-4", "1e-3", "3e-3")}
-    stds = {x: (f"meta.estimator.std={x}",) for x in ("0.01", "0.1")}
-    return ConfigDict(
-        dict(
-            question="Does a grid survive?",
-            base="celo2_base:fast_digits",
-            overrides=(
-                "run.iterations=60",
-                "run.iterations_per_dispatch=2",
-                "run.checkpoint_seconds=0.0",
-                "run.devices=1",
-                "optimizer.features.groups=('gradient','momentum')",
-                "meta.estimator.truncation=10",
-            ),
-            axes=(("rate", rates), ("std", stds)),
-            seeds=(0, 1),
-        )
-    )
-'''
 
 
 def start(file: Path, folder: Path) -> subprocess.Popen:
@@ -69,7 +43,7 @@ def running(folder: Path) -> list[CellFolder]:
 def test_three_times_the_driver_and_two_cells_are_killed(tmp_path: Path) -> None:
     rng = random.Random(int(os.environ.get("CELO_NNX_DRILL_SEED", "0")))
     file, folder = tmp_path / "twelve.py", tmp_path / "killed"
-    file.write_text(FILE)
+    file.write_text(made_grid.TWELVE)
     whole = finish(file, tmp_path / "whole")
     for _ in range(3):
         before = len(kept(folder))

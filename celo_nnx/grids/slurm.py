@@ -1,0 +1,285 @@
+"""The Slurm engine: cells as tasks of a job array, judged by their folders.
+
+Jobs are submitted with submitit, which keeps its files in ``slurm/`` in the grid's folder, writes them anew
+for each submission and reads them in the job alone: nothing here loads them. Which job works at which cell
+stands in ``slurm.json``, so that a driver that is started again waits for jobs instead of submitting them
+twice. Jobs do not end with the driver; ``celo-nnx grid cancel`` ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import io
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from celo_nnx.errors import UserError, require
+from celo_nnx.files import read_json, write_json
+from celo_nnx.grids.judge import Judge, Tell, check_retries, last_words
+from celo_nnx.grids.local import cell_command
+from celo_nnx.grids.slurm_job import CellJob
+from celo_nnx.grids.store import LOG_NAME, CellFolder
+
+JOBS_NAME, FOLDER_NAME = "slurm.json", "slurm"
+KIND = "celo_nnx slurm jobs"
+LOOK = 3.0  # seconds between two looks at the queue, which all users share
+PATIENCE = 20  # looks that may fail one after the other, such as while the controller restarts
+GONE = 2  # looks that must miss a job: one may fall between the end of a job and its requeue
+MOST = 1000  # tasks of an array; Slurm's own limit is 1001 where it is not configured
+WARNING = 90  # seconds before the time limit at which a cell is asked to save, where the limit is not shorter
+TIMEOUTS = 1000  # time limits that a cell may run into; each goes on where the last one was stopped
+JOB_ID = re.compile(r"[0-9]{1,12}(_[0-9]{1,6})?")
+
+
+@dataclasses.dataclass
+class Slurm:
+    """Job arrays; fulfils :class:`celo_nnx.grids.local.Engine`.
+
+    Attributes:
+      folder: the grid's.
+      minutes: time limit of a job. A cell that needs more is requeued and goes on.
+      cpus: cores of a job.
+      jobs: how many at a time; 0 leaves it to Slurm.
+      retries: how many more attempts a cell has that fails or dies; a requeue is none.
+      more: further options of ``sbatch``, such as ``{"partition": "gpu", "account": "me"}``.
+      command: of one cell.
+
+    Raises:
+      UserError: a number out of range.
+
+    Example:
+      >>> Slurm(Path("runs/output"), minutes=60, more={"partition": "gpu"}).cpus
+      1
+    """
+
+    folder: Path
+    minutes: int = 60
+    cpus: int = 1
+    jobs: int = 0
+    retries: int = 2
+    more: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    command: Callable[[Path], list[str]] = cell_command
+    lasting: ClassVar[bool] = True  # jobs go on without the driver
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        for name, value, least in (
+            ("--time", self.minutes, 1),
+            ("--cpus", self.cpus, 1),
+            ("--jobs", self.jobs, 0),
+        ):
+            require(
+                type(value) is int and least <= value <= 10**6, name, value, f"an integer of at least {least}"
+            )
+        check_retries(self.retries)
+
+    def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
+        """See :class:`celo_nnx.grids.local.Engine`; what is queued when it returns goes on."""
+        jobs, judge, watch = read_jobs(self.folder), Judge(self.retries, tell), Watch(list(folders))
+        queue = in_queue()
+        for folder in folders:
+            if jobs.get(folder.path.name) in queue or folder.held():
+                tell("adopted", folder)
+                watch.starts[folder] = folder.starts()
+        self._submit([f for f in folders if f not in watch.starts], jobs, watch, tell)
+        while watch.starts and not stop():
+            over = watch.ended(jobs)
+            again = [f for f, starts in over if judge(f, starts, functools.partial(_ending, f, starts))]
+            self._submit(again, jobs, watch, tell)
+            _wait(stop)
+
+    def _submit(self, folders: Sequence[CellFolder], jobs: dict[str, str], watch: Watch, tell: Tell) -> None:
+        """Submits cells, an array for each thousand, and writes down which job is whose."""
+        for first in range(0, len(folders), MOST):
+            some = folders[first : first + MOST]
+            starts = {folder: folder.starts() for folder in some}
+            for folder, job in zip(some, self._array(some), strict=True):
+                jobs[folder.path.name] = job
+            write_json(self.folder / JOBS_NAME, {"kind": KIND, "jobs": jobs})
+            watch.starts |= starts
+            for folder in some:
+                tell("submitted", folder)
+
+    def _array(self, folders: Sequence[CellFolder]) -> list[str]:
+        """Submits one array; returns the id of each cell's job."""
+        import submitit
+
+        warning = min(WARNING, 20 * self.minutes)
+        executor = submitit.AutoExecutor(
+            self.folder.absolute() / FOLDER_NAME, cluster="slurm", slurm_max_num_timeout=TIMEOUTS
+        )
+        executor.update_parameters(
+            name=f"celo-{self.folder.absolute().name}",
+            timeout_min=self.minutes,
+            cpus_per_task=self.cpus,
+            slurm_array_parallelism=self.jobs or MOST,
+            slurm_signal_delay_s=warning,
+            slurm_additional_parameters={"requeue": True} | dict(self.more),
+        )
+        tasks = [
+            CellJob(self.command(f.path.absolute()), str(f.path.absolute() / LOG_NAME), warning)
+            for f in folders
+        ]
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says comes with the error
+                return [job.job_id for job in executor.submit_array(tasks)]
+        except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
+            raise UserError(f"Slurm refused the jobs: {_refusal(error)}") from None
+
+
+def require_slurm() -> None:
+    """Refuses a machine from which no job can be submitted.
+
+    Raises:
+      UserError: Slurm's programs are not on the path, or submitit is not installed.
+    """
+    for tool in ("sbatch", "squeue"):
+        if shutil.which(tool) is None:
+            raise UserError(
+                f"there is no Slurm here: {tool} is not on the path; --engine local runs cells here"
+            )
+    if importlib.util.find_spec("submitit") is None:
+        raise UserError("--engine slurm needs submitit: pip install 'celo-nnx[slurm]'")
+
+
+@dataclasses.dataclass
+class Watch:
+    """Cells whose jobs are waited for.
+
+    Attributes:
+      folders: of the grid, in their order.
+      starts: by cell that is under way, how many it had before.
+    """
+
+    folders: list[CellFolder]
+    starts: dict[CellFolder, int] = dataclasses.field(default_factory=dict)
+    _missed: dict[CellFolder, int] = dataclasses.field(default_factory=dict)
+    _failures: int = 0
+
+    def ended(self, jobs: Mapping[str, str]) -> list[tuple[CellFolder, int]]:
+        """Returns the cells that are no longer under way, with their earlier starts."""
+        try:
+            queue = in_queue()
+            self._failures = 0
+        except UserError:
+            self._failures += 1
+            if self._failures > PATIENCE:
+                raise
+            return []
+        out = []
+        for folder in [f for f in self.folders if f in self.starts]:
+            alive = jobs.get(folder.path.name) in queue or folder.held()
+            self._missed[folder] = 0 if alive else self._missed.get(folder, 0) + 1
+            if folder.result() is not None or self._missed[folder] >= GONE:
+                self._missed.pop(folder)
+                out.append((folder, self.starts.pop(folder)))
+        return out
+
+
+def _ending(folder: CellFolder, starts: int) -> str:
+    if folder.starts() == starts:
+        return f"its job ended before it began: {last_words(folder)}"
+    return f"its job ended without a result: {last_words(folder)}"
+
+
+def _refusal(error: BaseException) -> str:
+    output = getattr(error, "output", None) or getattr(error, "stderr", None) or str(error)
+    text = output.decode("utf-8", "replace") if isinstance(output, bytes) else str(output)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("sbatch:")]
+    return (told or lines or ["it says nothing"])[0].removeprefix("sbatch: ").removeprefix("error: ")
+
+
+def _wait(stop: Callable[[], int]) -> None:
+    end = time.monotonic() + LOOK
+    while time.monotonic() < end and not stop():
+        time.sleep(0.1)
+
+
+def in_queue() -> dict[str, str]:
+    """Returns this user's jobs by id, array tasks one by one, with their states.
+
+    Raises:
+      UserError: ``squeue`` fails.
+    """
+    words = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i %T"]
+    rows = (line.split() for line in _call(words).splitlines())
+    return {row[0]: row[1] for row in rows if len(row) == 2}
+
+
+def read_jobs(folder: Path) -> dict[str, str]:
+    """Returns the job of every cell that was submitted, by the cell's id.
+
+    Raises:
+      UserError: ``slurm.json`` is damaged.
+    """
+    content = read_json(folder / JOBS_NAME)
+    if content is None:
+        return {}
+    jobs = content.get("jobs") if isinstance(content, dict) and content.get("kind") == KIND else None
+    if not isinstance(jobs, dict) or not all(
+        isinstance(job, str) and JOB_ID.fullmatch(job) and cell.isalnum() for cell, job in jobs.items()
+    ):
+        raise UserError(f"{folder / JOBS_NAME} is damaged: it does not list jobs by cell")
+    return dict(jobs)
+
+
+def queued(folder: Path) -> dict[str, str]:
+    """Returns the state of cells' jobs by the cell's id; nothing where Slurm cannot be asked.
+
+    Example:
+      >>> queued(Path("runs/output"))
+      {}
+    """
+    jobs = read_jobs(folder)
+    if not jobs or shutil.which("squeue") is None:
+        return {}
+    try:
+        queue = in_queue()
+    except UserError:
+        return {}
+    return {cell: queue[job] for cell, job in jobs.items() if job in queue}
+
+
+def cancel(folder: Path) -> int:
+    """Ends the jobs of a grid that are queued or run; cells save.
+
+    Returns:
+      How many.
+
+    Raises:
+      UserError: Slurm is not here, or refuses.
+    """
+    jobs = read_jobs(folder)
+    if not jobs:
+        return 0
+    if shutil.which("scancel") is None:
+        raise UserError(
+            "there is no Slurm here: scancel is not on the path; cancel where the jobs were submitted"
+        )
+    queue = in_queue()
+    left = [job for job in jobs.values() if job in queue]
+    if left:
+        _call(["scancel", *left])
+    return len(left)
+
+
+def _call(words: Iterable[str]) -> str:
+    words = list(words)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"{words[0]} cannot be asked: {error}") from None
+    if done.returncode:
+        text: Any = done.stderr.strip().splitlines() or ["no reason"]
+        raise UserError(f"{words[0]} fails: {text[0]}")
+    return done.stdout
