@@ -98,7 +98,7 @@ def add(verbs: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
         "report",
         grid_report,
         "one HTML file on a grid, under way or over: effects of the axes, curves, cells, failures, cost, the "
-        "best cell's command; with cells.csv and effects.csv beside it",
+        "best cell's command; with cells.csv, effects.csv and effects.svg beside it",
         "grid report runs/output",
         "grid report runs/output --out output.html",
         into=kinds,

@@ -18,6 +18,7 @@ from celo_nnx.errors import UserError, printable
 from celo_nnx.evaluation import page, plots
 from celo_nnx.evaluation.plots import Line
 from celo_nnx.files import told
+from celo_nnx.grids.effect_plot import effects_figure
 from celo_nnx.grids.effects import Effect, effects, key
 from celo_nnx.grids.plan import SCALES, differing
 from celo_nnx.grids.status import progress
@@ -27,7 +28,7 @@ from celo_nnx.run_folder import RunFolder
 from celo_nnx.series import SHARE, even, running_mean
 
 FILE_NAME = "report.html"
-CELLS, EFFECTS = "cells.csv", "effects.csv"
+CELLS, EFFECTS, PICTURE = "cells.csv", "effects.csv", "effects.svg"
 POINTS = 400  # of a curve
 CURVES = 12  # in one picture
 LONGEST = 200_000  # meta-iterations of a curve that are averaged over cells
@@ -37,6 +38,7 @@ NUMBERS = {
     "speedup": ("speedup", False),
     "meta_loss": ("meta-loss", True),
 }
+WORDS = {name: words for name, (words, _) in NUMBERS.items()}
 CELL_COLUMNS = ("id", "state", "seed", "label")
 RESULT_COLUMNS = ("iterations", "meta_loss", "first_meta_loss", "score", "speedup", "nonfinite")
 COST_COLUMNS = ("train_seconds", "evaluation_seconds", "starts")
@@ -45,12 +47,12 @@ EFFECT_COLUMNS += ("combinations", "missing_pairs")
 
 
 def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Writes the report of a grid, whatever its state, with ``cells.csv`` and ``effects.csv`` beside it.
+    """Writes the report of a grid, whatever its state, with CSV files and ``effects.svg`` beside it.
 
     Args:
       folder: of ``celo-nnx grid run``.
       out: a new file; by default ``report.html`` in the folder, where a newer report replaces an older. The
-        CSV files of another one bear its name before theirs.
+        files beside another one bear its name before theirs.
 
     Returns:
       The page's path.
@@ -66,18 +68,20 @@ def write(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = N
     default = grid.path / FILE_NAME
     path = default if out is None else Path(out)
     before = "" if out is None else f"{path.stem}-"
-    others = {name: path.with_name(before + name) for name in (CELLS, EFFECTS)}
-    begins = {CELLS: CELL_COLUMNS, EFFECTS: EFFECT_COLUMNS[:4]}
+    others = {name: path.with_name(before + name) for name in (CELLS, EFFECTS, PICTURE)}
+    begins = {CELLS: ",".join(CELL_COLUMNS), EFFECTS: ",".join(EFFECT_COLUMNS[:4]), PICTURE: "<?xml"}
     with told(path):
         page.refuse_foreign(path, default)
         for name, other in others.items():
-            page.refuse_foreign(other, grid.path / name, ",".join(begins[name]).encode())
+            page.refuse_foreign(other, grid.path / name, begins[name].encode())
     rows = [Row(entry) for entry in grid.cells]
     found = compared(grid, rows)
     text = html(grid, rows, found)
     with told(path):
         page.write(others[CELLS], cells_csv(grid, rows))
         page.write(others[EFFECTS], effects_csv(found))
+        if picture := effects_figure(found, WORDS):
+            page.write(others[PICTURE], plots.to_svg(picture, "effects", standalone=True))
         return page.write(path, text)
 
 
@@ -140,7 +144,7 @@ def html(grid: GridFolder, rows: Sequence[Row], found: dict[str, list[Effect]]) 
             {"number": NUMBERS[name][0], "rows": [effect_row(e) for e in some]}
             for name, some in found.items()
         ],
-        figures=figures(grid, rows),
+        figures=effect_pictures(found) + figures(grid, rows),
         axes=list(grid.axes),
         extras=any(row.entry.extra for row in rows),
         numbers=[NUMBERS[name][0] for name in names],
@@ -265,6 +269,17 @@ def best_command(grid: GridFolder, choice: tuple[Row, str]) -> str:
     """Returns the command line that meta-trains the best cell anew."""
     overrides = choice[0].entry.overrides
     return shlex.join(["celo-nnx", "train", grid.base, *overrides, "--run-dir", "runs/best"])
+
+
+def effect_pictures(found: dict[str, list[Effect]]) -> list[dict[str, Any]]:
+    """The effects, for the page; nothing where there are none."""
+    figure = effects_figure(found, WORDS)
+    if figure is None:
+        return []
+    caption = "Difference from each axis' first label (open), paired, with Student's interval over the seeds."
+    return [
+        {"title": "Effects", "svg": markupsafe.Markup(plots.to_svg(figure, "effects")), "caption": caption}
+    ]
 
 
 def figures(grid: GridFolder, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -112,7 +112,7 @@ def test_the_report_tells_effects_failures_and_the_best(folder):
     assert "Which rate?" in text and "ValueError: &lt;b&gt;bad&lt;/b&gt;" in text and "<b>bad" not in text
     assert "<script" not in text and 'src="http' not in text and "@import" not in text
     assert text.count("<b>") == 1 and "<b>+0.5</b>" in text  # the effect of std, the same for all seeds
-    assert text.count("<svg") == 3  # variants, rate, std
+    assert text.count("<svg") == 4  # effects, variants, rate, std
     # Of the variants whose seeds are all done, 3e-3 with a small std is best.
     assert "mean over 3 seeds: rate=3e-3 std=small" in text
     assert "celo-nnx train celo2:fast_digits run.iterations=12" in text
@@ -132,6 +132,8 @@ def test_the_report_tells_effects_failures_and_the_best(folder):
         report.write(folder)
     assert report.write(folder, folder.parent / "r.html").exists()
     assert (folder.parent / "r-cells.csv").exists()
+    picture = (folder / "effects.svg").read_text()
+    assert picture.startswith("<?xml") and "rate: 3e-3" in picture and "meta-loss, difference" in picture
 
 
 def test_scores_come_first(folder):
