@@ -1,8 +1,8 @@
 """Keeps to the protocol of ``celo-nnx grid cell`` without JAX, for tests of engines: ``stub_cell.py DIR``.
 
 A file ``script`` in the cell's folder says what each start does, a word each, the last one again and again:
-``ok``, ``fail``, ``die`` (SIGKILL), ``silent`` (exit code 3 before it notes a start) or ``slow``, which
-works until it is asked to stop or a file ``go`` lies there.
+``ok``, ``fail``, ``mistake`` (a failure that the user has to mend), ``die`` (SIGKILL), ``silent`` (exit code
+3 before it notes a start) or ``slow``, which works until it is asked to stop or a file ``go`` lies there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from celo_nnx import lock
 
 
-def note(folder: Path, event: str, **more: str) -> None:
+def note(folder: Path, event: str, **more: str | bool) -> None:
     row = {"event": event, "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()} | more
     with open(folder / "attempts.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -40,6 +40,9 @@ def main(folder: Path) -> int:
         if word == "fail":
             note(folder, "failed", error="ValueError: broken")
             return 1
+        if word == "mistake":
+            note(folder, "failed", error="no such data", mistake=True)
+            return 2
         if word == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         while word == "slow" and not (folder / "go").exists():

@@ -16,7 +16,7 @@ class Judge:
     """Judges cells by their folders and counts their failures, for one call of an engine.
 
     Args:
-      retries: how many more attempts a cell has that fails or dies.
+      retries: how many more attempts a cell has that fails or dies, unless by a mistake of the user.
       tell: called with ``"done"``, ``"retried"`` or ``"failed"``.
     """
 
@@ -44,7 +44,7 @@ class Judge:
         if reason is not None and not noted:
             folder.note("failed", error=reason())
         self._failures[folder.path] = self._failures.get(folder.path, 0) + 1
-        again = self._failures[folder.path] <= self._retries
+        again = self._failures[folder.path] <= self._retries and not folder.mistaken()
         self._tell("retried" if again else "failed", folder)
         return again
 

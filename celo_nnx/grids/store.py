@@ -114,6 +114,11 @@ class CellFolder:
         last = next((row for row in reversed(self.attempts())), {})
         return str(last.get("error", "no reason")) if last.get("event") == "failed" else ""
 
+    def mistaken(self) -> bool:
+        """Tells whether the last attempt failed by a mistake of the user, which another would repeat."""
+        last = next((row for row in reversed(self.attempts())), {})
+        return last.get("event") == "failed" and last.get("mistake") is True
+
     def held(self) -> bool:
         """Tells whether a process works here."""
         return bool(lock.held(self.path))

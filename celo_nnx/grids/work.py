@@ -56,7 +56,7 @@ def run_cell(path: Path | str, *, stop: training.Stop | None = None) -> str:
                 raise
             except BaseException as error:
                 with contextlib.suppress(OSError):  # such as a full disk, which may be the failure
-                    folder.note("failed", error=_reason(error))
+                    folder.note("failed", error=_reason(error), mistake=_is_mistake(error))
                 raise
             if result is None:
                 folder.note("stopped")
@@ -69,6 +69,11 @@ def run_cell(path: Path | str, *, stop: training.Stop | None = None) -> str:
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())[:2000]
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+
+
+def _is_mistake(error: BaseException) -> bool:
+    """Whether a user has to change something; a full disk or a lost file system may mend by itself."""
+    return isinstance(error, UserError) and not isinstance(error.__context__, OSError)
 
 
 def _work(folder: CellFolder, content: dict[str, Any], stop: training.Stop) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ def test_it_is_trained_and_then_evaluated(folder):
         with mock.patch.object(work, "evaluated", side_effect=UserError("no scores")):
             with pytest.raises(UserError, match="no scores"):
                 work.run_cell(folder.path)
-        assert folder.state() == "failed"
+        assert folder.state() == "failed" and folder.mistaken()
         with mock.patch.object(work, "evaluated", return_value=({"score": 1.5, "speedup": 2.0}, 3.0)):
             assert work.run_cell(folder.path) == "done"
         result = folder.result()
@@ -73,6 +73,16 @@ def test_a_full_disk_is_told(folder):
             with pytest.raises(UserError, match="No space left on device"):
                 work.run_cell(folder.path)
     assert folder.result() is None
+
+
+def test_what_may_mend_by_itself_is_no_mistake(folder):
+    full = UserError("the run directory cannot be used")
+    full.__context__ = OSError(28, "No space left on device")
+    for error, mistake in ((full, False), (ValueError("no"), False), (UserError("no"), True)):
+        with mock.patch.object(work.training, "train", side_effect=error):
+            with pytest.raises(type(error)):
+                work.run_cell(folder.path)
+        assert folder.failure() and folder.mistaken() is mistake
 
 
 def test_scores_of_a_trained_theta(folder, real_run):

@@ -67,6 +67,12 @@ def test_a_failed_cell_is_tried_again_and_does_not_stop_others(tmp_path):
     assert reasons == ["ended by SIGKILL", "ValueError: broken"]
 
 
+def test_a_mistake_of_the_user_is_not_tried_again(tmp_path):
+    (folder,), told = make(tmp_path, "mistake"), Told()
+    Local(retries=2, command=command)([folder], lambda: 0, told)
+    assert told.of("cell0") == ["started", "failed"] and folder.failure() == "no such data"
+
+
 def test_stop_has_the_cells_save_and_starts_no_more(tmp_path):
     folders, told = make(tmp_path, "slow", "ok"), Told()
     begun = lambda: folders[0].starts() > 0  # noqa: E731
