@@ -17,7 +17,7 @@ import pytest
 
 from celo_nnx.cli import main
 from celo_nnx.errors import UserError
-from celo_nnx.grids import slurm
+from celo_nnx.grids import slurm, slurm_job
 from celo_nnx.grids.grid_file import load_grid
 from celo_nnx.grids.plan import plan
 from celo_nnx.grids.slurm import Slurm
@@ -160,10 +160,35 @@ def test_a_job_outlives_the_warning_and_saves_when_it_is_asked(tmp_path):
     assert [row["event"] for row in folder.attempts()] == ["start", "stopped"]
 
 
-def test_what_runs_after_a_requeue_is_the_same_command(tmp_path):
+def test_what_runs_after_a_requeue_is_the_same_command_unless_nothing_is_ever_saved(tmp_path):
     pytest.importorskip("submitit")
-    again = CellJob(["a", "b"], "log", 60.0).checkpoint().function
-    assert (again.command, again.log, again.warning) == (["a", "b"], "log", 60.0)
+    (folder,) = cells(tmp_path, "ok")
+    job = CellJob(["a", "b"], str(folder.path / "log"), 60.0)
+    (folder.path / "run" / "checkpoints" / "2").mkdir(parents=True)
+    idle = []
+    while (delayed := job.checkpoint()) is not None:
+        assert folder.failure() == ""
+        again = delayed.function
+        assert (again.command, again.log, again.warning) == (job.command, job.log, job.warning)
+        again._before = slurm_job.saved(again.log)  # as when it runs
+        job = again
+        idle.append(job.idle)
+    assert idle == [0, 1, 2]  # the first one had saved something
+    assert "3 times in a row, the time limit came before anything was saved" in folder.failure()
+
+
+def test_a_preempted_job_has_its_cell_save_and_leaves_the_rest_to_slurm(tmp_path):
+    (folder,) = cells(tmp_path, "slow")
+    text = "import sys; from celo_nnx.grids import slurm_job; slurm_job.GRACE = 0.2\n"
+    text += "slurm_job.CellJob(sys.argv[2:], sys.argv[1], 60.0)()\n"
+    words = [sys.executable, "-c", text, str(folder.path / "log"), *command(folder.path)]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    while not folder.starts():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "stopped by SIGTERM" in errors
+    assert [row["event"] for row in folder.attempts()] == ["start", "stopped"]
 
 
 # --- commands ---------------------------------------------------------------------------------------------
