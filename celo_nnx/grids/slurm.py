@@ -3,7 +3,8 @@
 Jobs are submitted with submitit, which keeps its files in ``slurm/`` in the grid's folder, writes them anew
 for each submission and reads them in the job alone: nothing here loads them. Which job works at which cell
 stands in ``slurm.json``, so that a driver that is started again waits for jobs instead of submitting them
-twice. Jobs do not end with the driver; ``celo-nnx grid cancel`` ends them.
+twice. Jobs do not end with the driver; ``celo-nnx grid cancel`` ends them. All jobs of a grid have a name
+that no others have: a number alone may be another job's, once Slurm counts from 1 again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib.util
 import io
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import time
@@ -38,6 +40,20 @@ MOST = 1000  # tasks of an array; Slurm's own limit is 1001 where it is not conf
 WARNING = 90  # seconds before the time limit at which a cell is asked to save, where the limit is not shorter
 TIMEOUTS = 1000  # time limits that a cell may run into; each goes on where the last one was stopped
 JOB_ID = re.compile(r"[0-9]{1,12}(_[0-9]{1,6})?")
+NAME = re.compile(r"celo-[0-9a-f]{12}")
+OURS = (
+    "array",
+    "output",
+    "error",
+    "open-mode",
+    "signal",
+    "requeue",
+    "no-requeue",
+    "job-name",
+    "nodes",
+    "ntasks",
+)
+OURS += ("ntasks-per-node", "time", "cpus-per-task", "wrap", "parsable", "test-only", "wait")
 
 
 @dataclasses.dataclass
@@ -81,11 +97,24 @@ class Slurm:
                 type(value) is int and least <= value <= 10**6, name, value, f"an integer of at least {least}"
             )
         check_retries(self.retries)
+        for option, value in self.more.items():
+            if option in OURS:
+                raise UserError(f"{option} is not an option to be given to sbatch: the engine sets it")
+            # A line break would make the rest of the text a command of the batch script.
+            require(str(value).isprintable(), option, value, "printable text")
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`celo_nnx.grids.local.Engine`; what is queued when it returns goes on."""
-        jobs, judge, watch = read_jobs(self.folder), Judge(self.retries, tell), Watch(list(folders))
-        queue = in_queue()
+        name, jobs = read_jobs(self.folder)
+        if not name:  # before the first submission, so that its jobs are found whenever the driver dies
+            name = f"celo-{secrets.token_hex(6)}"
+            write_json(self.folder / JOBS_NAME, {"kind": KIND, "name": name, "jobs": jobs})
+        judge, watch = Judge(self.retries, tell), Watch(list(folders), name)
+        queue = in_queue(name)
+        known = set(jobs.values())
+        _end(
+            [job for job in queue if job not in known]
+        )  # whose driver died before it wrote down which is whose
         for folder in folders:
             if jobs.get(folder.path.name) in queue or folder.held():
                 tell("adopted", folder)
@@ -102,27 +131,31 @@ class Slurm:
         for first in range(0, len(folders), MOST):
             some = folders[first : first + MOST]
             starts = {folder: folder.starts() for folder in some}
-            for folder, job in zip(some, self._array(some), strict=True):
+            for folder, job in zip(some, self._array(some, watch.name), strict=True):
                 jobs[folder.path.name] = job
-            write_json(self.folder / JOBS_NAME, {"kind": KIND, "jobs": jobs})
+            write_json(self.folder / JOBS_NAME, {"kind": KIND, "name": watch.name, "jobs": jobs})
             watch.starts |= starts
             for folder in some:
                 tell("submitted", folder)
 
-    def _array(self, folders: Sequence[CellFolder]) -> list[str]:
+    def _array(self, folders: Sequence[CellFolder], name: str) -> list[str]:
         """Submits one array; returns the id of each cell's job."""
         import submitit
 
+        path = str(self.folder.absolute())
+        if re.search(r"[%\\]", path) or not path.isprintable():
+            raise UserError(f"Slurm takes %, \\ and control characters in the path {path!r} amiss")
         warning = min(WARNING, 20 * self.minutes)
         executor = submitit.AutoExecutor(
             self.folder.absolute() / FOLDER_NAME, cluster="slurm", slurm_max_num_timeout=TIMEOUTS
         )
         executor.update_parameters(
-            name=f"celo-{self.folder.absolute().name}",
+            name=name,
             timeout_min=self.minutes,
             cpus_per_task=self.cpus,
             slurm_array_parallelism=self.jobs or MOST,
             slurm_signal_delay_s=warning,
+            slurm_srun_args=[f"--cpus-per-task={self.cpus}"],  # a step takes one core otherwise since 22.05
             slurm_additional_parameters={"requeue": True} | dict(self.more),
         )
         tasks = [
@@ -157,10 +190,12 @@ class Watch:
 
     Attributes:
       folders: of the grid, in their order.
+      name: of their jobs.
       starts: by cell that is under way, how many it had before.
     """
 
     folders: list[CellFolder]
+    name: str
     starts: dict[CellFolder, int] = dataclasses.field(default_factory=dict)
     _missed: dict[CellFolder, int] = dataclasses.field(default_factory=dict)
     _failures: int = 0
@@ -168,7 +203,7 @@ class Watch:
     def ended(self, jobs: Mapping[str, str]) -> list[tuple[CellFolder, int]]:
         """Returns the cells that are no longer under way, with their earlier starts."""
         try:
-            queue = in_queue()
+            queue = in_queue(self.name)
             self._failures = 0
         except UserError:
             self._failures += 1
@@ -205,32 +240,35 @@ def _wait(stop: Callable[[], int]) -> None:
         time.sleep(0.1)
 
 
-def in_queue() -> dict[str, str]:
-    """Returns this user's jobs by id, array tasks one by one, with their states.
+def in_queue(name: str) -> dict[str, str]:
+    """Returns this user's jobs of a name by id, array tasks one by one, with their states.
 
     Raises:
       UserError: ``squeue`` fails.
     """
-    words = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i %T"]
-    rows = (line.split() for line in _call(words).splitlines())
-    return {row[0]: row[1] for row in rows if len(row) == 2}
+    words = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--name", name]
+    rows = (line.split() for line in _call([*words, "--format", "%i %T"]).splitlines())
+    return {row[0]: row[1] for row in rows if len(row) == 2 and JOB_ID.fullmatch(row[0])}
 
 
-def read_jobs(folder: Path) -> dict[str, str]:
-    """Returns the job of every cell that was submitted, by the cell's id.
+def read_jobs(folder: Path) -> tuple[str, dict[str, str]]:
+    """Returns the name of a grid's jobs, and the job of every cell that was submitted by the cell's id.
 
     Raises:
       UserError: ``slurm.json`` is damaged.
     """
     content = read_json(folder / JOBS_NAME)
     if content is None:
-        return {}
-    jobs = content.get("jobs") if isinstance(content, dict) and content.get("kind") == KIND else None
-    if not isinstance(jobs, dict) or not all(
-        isinstance(job, str) and JOB_ID.fullmatch(job) and cell.isalnum() for cell, job in jobs.items()
+        return "", {}
+    content = content if isinstance(content, dict) and content.get("kind") == KIND else {}
+    name, jobs = content.get("name"), content.get("jobs")
+    if (
+        not (isinstance(name, str) and NAME.fullmatch(name) and isinstance(jobs, dict))
+        or not all(isinstance(job, str) and JOB_ID.fullmatch(job) for job in jobs.values())
+        or not all(cell.isalnum() for cell in jobs)
     ):
         raise UserError(f"{folder / JOBS_NAME} is damaged: it does not list jobs by cell")
-    return dict(jobs)
+    return name, dict(jobs)
 
 
 def queued(folder: Path) -> dict[str, str]:
@@ -240,11 +278,11 @@ def queued(folder: Path) -> dict[str, str]:
       >>> queued(Path("runs/output"))
       {}
     """
-    jobs = read_jobs(folder)
+    name, jobs = read_jobs(folder)
     if not jobs or shutil.which("squeue") is None:
         return {}
     try:
-        queue = in_queue()
+        queue = in_queue(name)
     except UserError:
         return {}
     return {cell: queue[job] for cell, job in jobs.items() if job in queue}
@@ -259,24 +297,29 @@ def cancel(folder: Path) -> int:
     Raises:
       UserError: Slurm is not here, or refuses.
     """
-    jobs = read_jobs(folder)
-    if not jobs:
+    name, _ = read_jobs(folder)
+    if not name:
         return 0
     if shutil.which("scancel") is None:
         raise UserError(
             "there is no Slurm here: scancel is not on the path; cancel where the jobs were submitted"
         )
-    queue = in_queue()
-    left = [job for job in jobs.values() if job in queue]
-    if left:
-        _call(["scancel", *left])
+    left = list(in_queue(name))
+    _end(left)
     return len(left)
+
+
+def _end(jobs: Sequence[str]) -> None:
+    for first in range(0, len(jobs), MOST):
+        _call(["scancel", "--quiet", *jobs[first : first + MOST]])
 
 
 def _call(words: Iterable[str]) -> str:
     words = list(words)
+    # Such variables of a user may hide jobs.
+    environment = {key: x for key, x in os.environ.items() if not key.startswith(("SQUEUE_", "SCANCEL_"))}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{words[0]} cannot be asked: {error}") from None
     if done.returncode:

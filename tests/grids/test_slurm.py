@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,9 @@ def command(path: Path) -> list[str]:
     return [sys.executable, str(TESTS / "stub_cell.py"), str(path)]
 
 
+NAME = "celo-0123456789ab"
+
+
 class Cluster:
     """Runs tasks at once, as processes of this machine, and answers as ``squeue`` does."""
 
@@ -47,7 +51,7 @@ class Cluster:
                 self.processes[job] = subprocess.Popen(command(folder.path), stdout=log, stderr=log)
         return ids
 
-    def queue(self) -> dict[str, str]:
+    def queue(self, name: str) -> dict[str, str]:
         if self.down:
             self.down -= 1
             raise UserError("squeue fails: no controller")
@@ -60,7 +64,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(slurm, "LOOK", 0.05)
     monkeypatch.setattr(slurm, "in_queue", made.queue)
     monkeypatch.setattr(slurm.shutil, "which", lambda tool: f"/bin/{tool}")
-    monkeypatch.setattr(Slurm, "_array", lambda self, folders: made.array(list(folders)))
+    monkeypatch.setattr(Slurm, "_array", lambda self, folders, name: made.array(list(folders)))
     yield made
     for process in made.processes.values():
         process.kill()
@@ -112,6 +116,19 @@ def test_a_driver_waits_for_the_jobs_of_an_earlier_one(tmp_path, cluster):
     assert [event for event, name in events if name == "cell0"] == ["submitted", "adopted", "done"]
 
 
+def test_jobs_that_a_driver_did_not_live_to_write_down_are_ended(tmp_path, cluster, monkeypatch):
+    folders = cells(tmp_path, "ok")
+    content = {"kind": slurm.KIND, "name": NAME, "jobs": {"cell0": "3_0"}}
+    (tmp_path / "slurm.json").write_text(json.dumps(content))
+    program(tmp_path, "scancel", f'echo "$@" > {tmp_path}/cancelled')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    before = cluster.queue
+    monkeypatch.setattr(slurm, "in_queue", lambda name: before(name) | {"4_0": "PENDING"})
+    Slurm(tmp_path)(folders, lambda: 0, lambda *_: None)
+    assert (tmp_path / "cancelled").read_text().split() == ["--quiet", "4_0"]
+    assert len(cluster.arrays) == 1 and folders[0].state() == "done"
+
+
 def test_a_queue_that_never_answers_ends_the_driver(tmp_path, cluster):
     folders = cells(tmp_path, "slow")
     with pytest.raises(UserError, match="squeue fails: no controller"):
@@ -122,10 +139,12 @@ def test_a_queue_that_never_answers_ends_the_driver(tmp_path, cluster):
     "content",
     [
         {"kind": "another", "jobs": {}},
-        {"kind": slurm.KIND, "jobs": ["1"]},
-        {"kind": slurm.KIND, "jobs": {"a": 1}},
-        {"kind": slurm.KIND, "jobs": {"a": "1; rm -r x"}},
-        {"kind": slurm.KIND, "jobs": {"../a": "1"}},
+        {"kind": slurm.KIND, "jobs": {}},
+        {"kind": slurm.KIND, "name": f"{NAME},other", "jobs": {}},
+        {"kind": slurm.KIND, "name": NAME, "jobs": ["1"]},
+        {"kind": slurm.KIND, "name": NAME, "jobs": {"a": 1}},
+        {"kind": slurm.KIND, "name": NAME, "jobs": {"a": "1; rm -r x"}},
+        {"kind": slurm.KIND, "name": NAME, "jobs": {"../a": "1"}},
         [],
     ],
 )
@@ -212,6 +231,8 @@ def test_mistakes_are_told_in_one_line(tmp_path, capsys, monkeypatch):
     assert "--partition is for --engine slurm" in refused(capsys, *words, "--partition", "gpu")
     assert "--sbatch 'x': give OPTION=VALUE" in refused(capsys, *ours, "--sbatch", "x")
     assert "--time '1h': give minutes, H:MM:SS" in refused(capsys, *ours, "--time", "1h")
+    assert "array is not an option to be given" in refused(capsys, *ours, "--sbatch", "array=1-2")
+    assert "must be printable text" in refused(capsys, *ours, "--partition", "a\nrm")
     assert "--time = 0 is out of range" in refused(capsys, *ours, "--time", "0")
     assert "there is no Slurm here: sbatch is not on the path" in refused(capsys, *ours)
 
@@ -230,9 +251,11 @@ def test_what_sbatch_refuses_is_told_in_one_line(tmp_path, capsys, monkeypatch):
         in capsys.readouterr().err.splitlines()[-1]
     )
     (script,) = (folder / "slurm").glob("*.sh")
-    assert (
-        "#SBATCH --partition=nosuch" in script.read_text() and "#SBATCH --array=0-11%" in script.read_text()
-    )
+    text = script.read_text()
+    assert "#SBATCH --partition=nosuch" in text and "#SBATCH --array=0-11%" in text
+    assert re.search(r"^srun .*--cpus-per-task=1 ", text, re.MULTILINE)
+    words = (*words[:2], "--run-dir", str(tmp_path / "50%"), *words[4:])
+    assert main(["grid", *words]) == 2 and "amiss" in capsys.readouterr().err
 
 
 def test_cancel_ends_the_jobs_that_are_left(tmp_path, capsys, monkeypatch):
@@ -240,9 +263,12 @@ def test_cancel_ends_the_jobs_that_are_left(tmp_path, capsys, monkeypatch):
     folder.mkdir()
     write_grid(folder, load_grid(file), plan(load_grid(file)), "")
     ids = [entry.id for entry in read_grid(folder).cells]
-    jobs = {"kind": slurm.KIND, "jobs": {ids[0]: "7_0", ids[1]: "7_1", ids[2]: "7_2"}}
+    jobs = {"kind": slurm.KIND, "name": NAME, "jobs": {ids[0]: "7_0", ids[1]: "7_1", ids[2]: "7_2"}}
     (folder / "slurm.json").write_text(json.dumps(jobs))
-    program(tmp_path, "squeue", "echo '7_1 RUNNING'; echo '7_2 PENDING'; echo '9 RUNNING'")
+    named = (
+        f'case "$*" in *"--name {NAME} "*) ;; *) echo 7_0 RUNNING;; esac'  # a number of another grid's job
+    )
+    program(tmp_path, "squeue", f"{named}; echo '7_1 RUNNING'; echo '7_2 PENDING'; echo 'x --help'")
     program(tmp_path, "scancel", f'echo "$@" > {tmp_path}/cancelled')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert main(["grid", "status", str(folder)]) == 0
@@ -251,7 +277,7 @@ def test_cancel_ends_the_jobs_that_are_left(tmp_path, capsys, monkeypatch):
     assert "Slurm" not in lines[ids[0]]
     assert main(["grid", "cancel", str(folder)]) == 0
     assert "2 jobs were ended in Slurm" in capsys.readouterr().out
-    assert (tmp_path / "cancelled").read_text().split() == ["7_1", "7_2"]
+    assert (tmp_path / "cancelled").read_text().split() == ["--quiet", "7_1", "7_2"]
 
 
 # --- a real Slurm -----------------------------------------------------------------------------------------
@@ -297,7 +323,7 @@ def through_slurm(program: list[str], file: str, tmp_path: Path, slow: str = "")
     while not (cell[requeued].run_dir / "metrics.jsonl").exists() and time.monotonic() < begun + 200:
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.1)
-    jobs = slurm.read_jobs(folder)
+    jobs = slurm.read_jobs(folder)[1]
     array = {job.split("_")[0] for job in jobs.values()}
     assert len(array) == 1 and len(jobs) == 12, "one job array"
     subprocess.run(["scontrol", "requeue", jobs[requeued]], check=True)
@@ -310,7 +336,7 @@ def through_slurm(program: list[str], file: str, tmp_path: Path, slow: str = "")
                 subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
         time.sleep(1.0)
     finish(driver, 12)
-    assert slurm.read_jobs(folder) == jobs, "no cell was submitted twice"
+    assert slurm.read_jobs(folder)[1] == jobs, "no cell was submitted twice"
     assert cell[requeued].starts() >= 2
     assert not slow or cell[first].starts() >= 2, "the time limit has come"
     ends = [[row["event"] for row in e.folder.attempts()].count("done") for e in read_grid(folder).cells]
