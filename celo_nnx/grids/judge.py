@@ -9,7 +9,7 @@ from celo_nnx.errors import require
 from celo_nnx.grids.store import LOG_NAME, CellFolder
 
 Tell = Callable[[str, CellFolder], None]
-TAIL = 300  # bytes of a log that a reason quotes
+TAIL = 1000  # bytes of a log that a reason quotes
 
 
 class Judge:
@@ -60,8 +60,18 @@ def check_retries(retries: int) -> None:
 
 def last_words(folder: CellFolder) -> str:
     """Returns the last line of a cell's log."""
+    return last_line(folder.path / LOG_NAME) or "without a word"
+
+
+def last_line(path: Path, but: str = "\n") -> str:
+    """Returns the last line of a log, "" where there is none.
+
+    Args:
+      path: of the log.
+      but: how lines begin that say nothing.
+    """
     try:
-        lines = (folder.path / LOG_NAME).read_bytes()[-TAIL:].decode("utf-8", "replace").splitlines()
+        lines = path.read_bytes()[-TAIL:].decode("utf-8", "replace").splitlines()
     except OSError:
-        lines = []
-    return lines[-1] if lines else "without a word"
+        return ""
+    return next((line for line in reversed(lines) if line.strip() and not line.startswith(but)), "")

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 
 from celo_nnx.errors import UserError, require
 from celo_nnx.files import read_json, write_json
-from celo_nnx.grids.judge import Judge, Tell, check_retries, last_words
+from celo_nnx.grids.judge import Judge, Tell, check_retries, last_line
 from celo_nnx.grids.local import cell_command
 from celo_nnx.grids.slurm_job import CellJob
 from celo_nnx.grids.store import LOG_NAME, CellFolder
@@ -122,7 +122,9 @@ class Slurm:
         self._submit([f for f in folders if f not in watch.starts], jobs, watch, tell)
         while watch.starts and not stop():
             over = watch.ended(jobs)
-            again = [f for f, starts in over if judge(f, starts, functools.partial(_ending, f, starts))]
+            again = [
+                f for f, starts in over if judge(f, starts, functools.partial(self._ending, f, starts, jobs))
+            ]
             self._submit(again, jobs, watch, tell)
             _wait(stop)
 
@@ -137,6 +139,15 @@ class Slurm:
             watch.starts |= starts
             for folder in some:
                 tell("submitted", folder)
+
+    def _ending(self, folder: CellFolder, starts: int, jobs: Mapping[str, str]) -> str:
+        """Why a job ended that noted no reason, in Slurm's words, the log's or submitit's."""
+        theirs = last_line(self.folder / FOLDER_NAME / f"{jobs.get(folder.path.name)}_0_log.err", "srun:")
+        begun = folder.starts() > starts
+        what = "its job ended without a result" if begun else "its job ended before it began"
+        mine = last_line(folder.path / LOG_NAME)
+        said = theirs if theirs.startswith("slurmstepd") or not mine else mine
+        return f"{what}: {said or 'without a word'}"
 
     def _array(self, folders: Sequence[CellFolder], name: str) -> list[str]:
         """Submits one array; returns the id of each cell's job."""
@@ -218,12 +229,6 @@ class Watch:
                 self._missed.pop(folder)
                 out.append((folder, self.starts.pop(folder)))
         return out
-
-
-def _ending(folder: CellFolder, starts: int) -> str:
-    if folder.starts() == starts:
-        return f"its job ended before it began: {last_words(folder)}"
-    return f"its job ended without a result: {last_words(folder)}"
 
 
 def _refusal(error: BaseException) -> str:

@@ -86,6 +86,9 @@ def told() -> tuple[list[tuple[str, str]], Any]:
 
 def test_cells_are_one_array_and_failures_are_submitted_again(tmp_path, cluster):
     folders = cells(tmp_path, "ok", "die ok", "fail", "silent")
+    (tmp_path / "slurm").mkdir()
+    killed = "slurmstepd: error: Detected 1 oom_kill event\nsrun: error: task 0: Killed\n"
+    (tmp_path / "slurm" / "1_1_0_log.err").write_text(killed)
     events, tell = told()
     breaks = iter([3])  # the controller restarts
     stop = lambda: setattr(cluster, "down", next(breaks, cluster.down)) or 0  # noqa: E731
@@ -100,7 +103,7 @@ def test_cells_are_one_array_and_failures_are_submitted_again(tmp_path, cluster)
         "submitted",
         "done",
     ]
-    assert folders[1].attempts()[1]["error"] == "its job ended without a result: without a word"
+    assert folders[1].attempts()[1]["error"] == f"its job ended without a result: {killed.splitlines()[0]}"
     assert folders[2].failure() == "ValueError: broken"
     assert folders[3].failure() == "its job ended before it began: no such module"
 
