@@ -306,6 +306,11 @@ def jobs_now() -> dict[str, str]:
     return dict(row.split(maxsplit=1) for row in rows)
 
 
+def need_slurm() -> None:
+    if shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True).returncode:
+        pytest.skip("no Slurm answers here (sbatch, SLURM_CONF)")
+
+
 def through_slurm(program: list[str], file: str, tmp_path: Path, slow: str = "") -> None:
     """A grid with a requeued cell, one beyond its time limit, and a killed driver, against a local run.
 
@@ -314,8 +319,7 @@ def through_slurm(program: list[str], file: str, tmp_path: Path, slow: str = "")
       file: of the grid.
       slow: seconds of a dispatch of the first cell, so that it lasts longer than a minute.
     """
-    if shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True).returncode:
-        pytest.skip("no Slurm answers here (sbatch, SLURM_CONF)")
+    need_slurm()
     first, requeued = [cell.id for cell in plan(load_grid(file))][:2]
     folder = tmp_path / "slurm"
     words = ["run", file, "--run-dir", str(folder), "--engine", "slurm", "--time", "1", "--jobs", "2"]
@@ -352,6 +356,38 @@ def through_slurm(program: list[str], file: str, tmp_path: Path, slow: str = "")
 def test_a_grid_through_slurm(tmp_path):
     file = made_grid.file(tmp_path)
     through_slurm([sys.executable, str(TESTS / "fake_grid.py")], file, tmp_path, slow="15.0")
+
+
+REAL = '''
+"""One cell of the smallest sizes."""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    few = "meta.estimator.pairs=2 meta.estimator.truncation=2 run.iterations_per_dispatch=2 tasks.hidden=(4,)"
+    few += " tasks.batch_size=4 run.devices=1 optimizer.update_rule.hidden=(2,2) run.iterations=4"
+    few += " optimizer.features.groups=('gradient','momentum')"
+    return ConfigDict(
+        dict(
+            question="Does it train?",
+            base="celo2_base:fast_digits",
+            overrides=tuple(few.split()),
+            axes=(("rate", {"1e-3": ("meta.optimizer.learning_rate=1e-3",)}),),
+            seeds=(0,),
+        )
+    )
+'''
+
+
+@pytest.mark.slurm
+def test_a_real_cell_has_the_bits_of_a_local_one(tmp_path):
+    need_slurm()
+    file = made_grid.file(tmp_path, REAL)
+    program = [sys.executable, "-m", "celo_nnx", "grid"]
+    for name, engine in (("slurm", ["--engine", "slurm", "--time", "10"]), ("local", [])):
+        finish(start(program, "run", file, "--run-dir", str(tmp_path / name), *engine), 1)
+    assert outcomes(tmp_path / "slurm") == outcomes(tmp_path / "local")
 
 
 @pytest.mark.slurm
