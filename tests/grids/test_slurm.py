@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,11 @@ from celo_nnx.grids.plan import plan
 from celo_nnx.grids.slurm import Slurm
 from celo_nnx.grids.slurm_job import CellJob
 from celo_nnx.grids.store import CellFolder, read_grid, write_grid
+
+# Now, and not inside a test: it configures logging anew, and absl then closes the standard error it knows
+# unless that is the present one, which under capsys it is not.
+with contextlib.suppress(ImportError):
+    import submitit  # noqa: F401
 
 TESTS = Path(__file__).resolve().parents[1]
 
