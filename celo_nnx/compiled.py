@@ -38,7 +38,9 @@ def keep_compiled(environment: Mapping[str, str] = os.environ) -> Path | None:
     try:
         above = Path(environment.get("CELO_NNX_CACHE") or Path.home() / ".cache" / "celo_nnx")
         folder = above.absolute() / "compiled" / _machine()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        above.mkdir(parents=True, exist_ok=True)
+        for new in (folder.parent, folder):  # the mode of parents would be the umask's
+            new.mkdir(mode=0o700, exist_ok=True)
         safe = _mine(folder.parent) and _mine(folder) and os.access(folder, os.W_OK | os.X_OK)
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
