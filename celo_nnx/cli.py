@@ -224,11 +224,11 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verbs.add_parser(
         "bench",
-        help="measure meta-iterations, optimizer steps, orthogonalizations; one JSON line each",
+        help="measure meta-iterations, seeds, optimizer steps, orthogonalizations; one JSON line each",
         epilog="celo-nnx bench meta --help and celo-nnx bench step --help show examples",
     )
     kinds = bench.add_subparsers(
-        dest="kind", metavar="meta|step|orthogonalization", required=True, parser_class=_Parser
+        dest="kind", metavar="meta|seeds|step|orthogonalization", required=True, parser_class=_Parser
     )
     sub = command(
         "meta",
@@ -242,6 +242,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--peer", action="append", default=[], metavar="naive", help="also measure the plain twin"
     )
+    sub = command(
+        "seeds",
+        commands.bench_seeds,
+        "time a meta-iteration of several seeds: one after the other, each on a core, vmapped, in one batch",
+        "bench seeds celo2:fast_velo",
+        "bench seeds celo2:fast_digits run.devices=1 --seeds 8",
+        into=kinds,
+    )
+    config(sub)
+    sub.add_argument("--seeds", type=int, default=4, metavar="N", help="how many (default 4)")
     sub = command(
         "step",
         commands.bench_step,

@@ -166,6 +166,15 @@ def bench_meta(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench_seeds(args: argparse.Namespace) -> int:
+    from celo_nnx.bench_seeds import seeds
+    from celo_nnx.config import load
+
+    for row in seeds(load(args.config, args.overrides), args.seeds):
+        print(json.dumps(row), flush=True)
+    return 0
+
+
 def bench_step(args: argparse.Namespace) -> int:
     from celo_nnx import bench
 
