@@ -217,8 +217,10 @@ def grid_cell(args: argparse.Namespace) -> int:
     from celo_nnx.training import stop_on_signals
 
     with stop_on_signals() as stop:
+        from celo_nnx.compiled import keep_compiled
         from celo_nnx.grids.work import run_cell
 
+        keep_compiled()
         print(json.dumps({"cell": args.dir, "state": run_cell(args.dir, stop=stop)}))
     return 0
 

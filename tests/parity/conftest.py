@@ -1,6 +1,12 @@
-"""Recorded trajectories are followed by programs that are compiled as users' are."""
+"""Formulas and recorded trajectories are followed by programs that are compiled as users' are."""
 
+import jax
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_compiled_before() -> None:
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
