@@ -40,7 +40,7 @@ def close(ours, theirs, tolerance=1e-5):
         assert np.linalg.norm(np.asarray(mine) - other) <= tolerance * np.linalg.norm(other), path
 
 
-def test_vmapped_seeds_have_the_losses_and_the_meta_gradient_of_separate_runs():
+def test_vmapped_seeds_have_the_losses_and_the_meta_gradient_of_separate_runs(users_compiler):
     config = load("nn_adam:fast_digits", SMALL)
     optimizers = [build(config.optimizer, jax.random.key(i), None) for i in range(SEEDS)]
     trainer = build_trainer(config, optimizers[0], bench.synthetic_families(config.tasks))
