@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from celo_nnx import cli
 from celo_nnx.compiled import keep_compiled
 
 PROGRAM = """
@@ -90,3 +91,11 @@ def test_a_link_or_a_file_in_its_place_is_no_cache(tmp_path, unset):
     for name in ("linked", "blocked"):
         assert keep_compiled({"CELO_NNX_CACHE": str(tmp_path / name)}) is None
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_cell_of_a_grid_keeps_them_before_it_compiles(monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr("celo_nnx.compiled.keep_compiled", lambda: done.append("kept"))
+    monkeypatch.setattr("celo_nnx.grids.work.run_cell", lambda *_, **__: done.append("ran") or "done")
+    assert cli.main(["grid", "cell", "runs/grid/cells/0123456789ab"]) == 0
+    assert done == ["kept", "ran"] and '"state": "done"' in capsys.readouterr().out
