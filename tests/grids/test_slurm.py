@@ -361,7 +361,7 @@ def through_slurm(program: list[str], file: str, tmp_path: Path, slow: str = "")
 @pytest.mark.slurm
 def test_a_grid_through_slurm(tmp_path):
     file = made_grid.file(tmp_path)
-    through_slurm([sys.executable, str(TESTS / "fake_grid.py")], file, tmp_path, slow="9.0")
+    through_slurm([sys.executable, str(TESTS / "fake_grid.py")], file, tmp_path, slow="15.0")
 
 
 REAL = '''
