@@ -333,7 +333,7 @@ def through_slurm(program: list[str], file: str, tmp_path: Path, slow: str = "")
     driver = start(program, *words, **environment)
     cell = {name: CellFolder(folder / "cells" / name) for name in (first, requeued)}
     begun = time.monotonic()
-    while not (cell[requeued].run_dir / "metrics.jsonl").exists() and time.monotonic() < begun + 200:
+    while not (cell[requeued].run_dir / "metrics.jsonl").exists() and time.monotonic() < begun + 600:
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.1)
     jobs = slurm.read_jobs(folder)[1]
