@@ -227,10 +227,10 @@ def from_config(config: ConfigDict) -> NaiveCelo2:
     if config.orthogonalization.kind not in ("newton_schulz", "identity"):
         kind = config.orthogonalization.kind
         raise unknown("orthogonalization of the plain twin", kind, ("newton_schulz", "identity"))
-    kinds = ("second_moment",)
-    for slot in ("normalization", "output_normalization"):
-        if config[slot].kind not in kinds:
-            raise unknown(f"{slot} of the plain twin", config[slot].kind, kinds)
+    kinds = {"normalization": ("second_moment",), "output_normalization": ("second_moment", "identity")}
+    for slot, legal in kinds.items():
+        if config[slot].kind not in legal:
+            raise unknown(f"{slot} of the plain twin", config[slot].kind, legal)
     return NaiveCelo2(
         None,
         orthogonalize=config.orthogonalization.kind != "identity",
@@ -240,6 +240,7 @@ def from_config(config: ConfigDict) -> NaiveCelo2:
         rms=tuple(config.accumulators.second_moment.decays),
         factored=tuple(config.accumulators.factored.decays),
         route=routes[routing.kind],
+        switches=Switches(normalize_output=config.output_normalization.kind != "identity"),
         **known,
     )
 
