@@ -220,7 +220,7 @@ def grid_cell(args: argparse.Namespace) -> int:
         from celo_nnx.compiled import keep_compiled
         from celo_nnx.grids.work import run_cell
 
-        keep_compiled()
+        keep_compiled()  # cells that differ in the seed only compile the same programs
         print(json.dumps({"cell": args.dir, "state": run_cell(args.dir, stop=stop)}))
     return 0
 

@@ -29,6 +29,7 @@ Who imports whom (an arrow points at what is imported; ``tests/test_layout.py`` 
     pretrained -> build, meta's digest     description, diagram, dead, model_file -> build, optimizer
     watch, run_report -> run_folder, series (watch needs no JAX); run_report also -> training, description
     grids -> training, evaluation, config: cells as folders, processes that work through them
+    grid_commands -> compiled: programs that outlive a cell's process, in the user's cache
     theta_io, drop_in, evaluation -> weights: those of the package, by name; cards, verify -> what made them
     experiments -> config helpers only: a variant is data
 
