@@ -129,12 +129,11 @@ def grid_run(args: argparse.Namespace) -> int:
     from celo_nnx.training import stop_on_signals
 
     local = args.engine == "local"
-    words = (
-        "stopping: cells under way finish their dispatch and save"
-        if local
-        else "leaving: jobs go on in Slurm"
+    saving, leaving = (
+        "stopping: cells under way finish their dispatch and save",
+        "leaving: jobs go on in Slurm",
     )
-    with stop_on_signals(words) as stop:
+    with stop_on_signals(saving if local else leaving) as stop:
         from celo_nnx.grids.drive import run
         from celo_nnx.grids.grid_file import load_grid
 
@@ -145,16 +144,12 @@ def grid_run(args: argparse.Namespace) -> int:
         options = dict(accept_changed=args.accept_changed, command=command, stop=stop)
         outcome = run(grid, args.run_dir, engine, **options)
     print(json.dumps(dataclasses.asdict(outcome)))
-    folder = shlex.quote(args.run_dir)
     if outcome.stopped_by:
-        kept = (
-            "jobs go on in Slurm (celo-nnx grid cancel ends them)"
-            if engine.lasting
-            else "finished cells are kept"
-        )
+        left = "jobs go on in Slurm (celo-nnx grid cancel ends them)"
+        kept = "finished cells are kept" if local else left
         print(f"stopped; {kept}, and this goes on: {command}", file=sys.stderr)
         return 0
-    print(f"its effects as a page: celo-nnx grid report {folder}", file=sys.stderr)
+    print(f"its effects as a page: celo-nnx grid report {shlex.quote(args.run_dir)}", file=sys.stderr)
     return 0 if outcome.done == outcome.cells else 1
 
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from celo_nnx.devices import cores
 from celo_nnx.errors import UserError, require
@@ -30,9 +30,7 @@ PATIENCE = 300.0  # seconds that a process has to finish its dispatch and save
 
 
 class Engine(Protocol):
-    """Runs cells; see the module's docstring. ``lasting`` says whether they go on when the driver ends."""
-
-    lasting: ClassVar[bool]
+    """Runs cells; see the module's docstring."""
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """Submits cells and waits for them.
@@ -87,7 +85,6 @@ class Local:
     jobs: int = 1
     retries: int = 2
     command: Callable[[Path], list[str]] = cell_command
-    lasting: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

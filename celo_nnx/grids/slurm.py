@@ -20,9 +20,8 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
 
 from celo_nnx.errors import UserError, require
 from celo_nnx.files import read_json, write_json
@@ -41,19 +40,8 @@ WARNING = 90  # seconds before the time limit at which a cell is asked to save, 
 TIMEOUTS = 1000  # time limits that a cell may run into; each goes on where the last one was stopped
 JOB_ID = re.compile(r"[0-9]{1,12}(_[0-9]{1,6})?")
 NAME = re.compile(r"celo-[0-9a-f]{12}")
-OURS = (
-    "array",
-    "output",
-    "error",
-    "open-mode",
-    "signal",
-    "requeue",
-    "no-requeue",
-    "job-name",
-    "nodes",
-    "ntasks",
-)
-OURS += ("ntasks-per-node", "time", "cpus-per-task", "wrap", "parsable", "test-only", "wait")
+OURS = "array output error open-mode signal requeue no-requeue job-name nodes ntasks ntasks-per-node time"
+OURS += " cpus-per-task wrap parsable test-only wait"  # options of sbatch that are not a user's here
 
 
 @dataclasses.dataclass
@@ -84,7 +72,6 @@ class Slurm:
     retries: int = 2
     more: Mapping[str, str] = dataclasses.field(default_factory=dict)
     command: Callable[[Path], list[str]] = cell_command
-    lasting: ClassVar[bool] = True  # jobs go on without the driver
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -98,7 +85,7 @@ class Slurm:
             )
         check_retries(self.retries)
         for option, value in self.more.items():
-            if option in OURS:
+            if option in OURS.split():
                 raise UserError(f"{option} is not an option to be given to sbatch: the engine sets it")
             # A line break would make the rest of the text a command of the batch script.
             require(str(value).isprintable(), option, value, "printable text")
@@ -111,10 +98,8 @@ class Slurm:
             write_json(self.folder / JOBS_NAME, {"kind": KIND, "name": name, "jobs": jobs})
         judge, watch = Judge(self.retries, tell), Watch(list(folders), name)
         queue = in_queue(name)
-        known = set(jobs.values())
-        _end(
-            [job for job in queue if job not in known]
-        )  # whose driver died before it wrote down which is whose
+        # Those whose driver died before it wrote down which is whose.
+        _end([job for job in queue if job not in jobs.values()])
         for folder in folders:
             if jobs.get(folder.path.name) in queue or folder.held():
                 tell("adopted", folder)
@@ -122,9 +107,8 @@ class Slurm:
         self._submit([f for f in folders if f not in watch.starts], jobs, watch, tell)
         while watch.starts and not stop():
             over = watch.ended(jobs)
-            again = [
-                f for f, starts in over if judge(f, starts, functools.partial(self._ending, f, starts, jobs))
-            ]
+            why = functools.partial(self._ending, jobs)
+            again = [f for f, starts in over if judge(f, starts, functools.partial(why, f, starts))]
             self._submit(again, jobs, watch, tell)
             _wait(stop)
 
@@ -140,7 +124,7 @@ class Slurm:
             for folder in some:
                 tell("submitted", folder)
 
-    def _ending(self, folder: CellFolder, starts: int, jobs: Mapping[str, str]) -> str:
+    def _ending(self, jobs: Mapping[str, str], folder: CellFolder, starts: int) -> str:
         """Why a job ended that noted no reason, in Slurm's words, the log's or submitit's."""
         theirs = last_line(self.folder / FOLDER_NAME / f"{jobs.get(folder.path.name)}_0_log.err", "srun:")
         begun = folder.starts() > starts
@@ -176,7 +160,7 @@ class Slurm:
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # what sbatch says comes with the error
                 return [job.job_id for job in executor.submit_array(tasks)]
-        except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, OSError) as error:
+        except (submitit.core.utils.FailedJobError, OSError) as error:
             raise UserError(f"Slurm refused the jobs: {_refusal(error)}") from None
 
 
@@ -232,9 +216,7 @@ class Watch:
 
 
 def _refusal(error: BaseException) -> str:
-    output = getattr(error, "output", None) or getattr(error, "stderr", None) or str(error)
-    text = output.decode("utf-8", "replace") if isinstance(output, bytes) else str(output)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("sbatch:")]
     return (told or lines or ["it says nothing"])[0].removeprefix("sbatch: ").removeprefix("error: ")
 
@@ -319,8 +301,7 @@ def _end(jobs: Sequence[str]) -> None:
         _call(["scancel", "--quiet", *jobs[first : first + MOST]])
 
 
-def _call(words: Iterable[str]) -> str:
-    words = list(words)
+def _call(words: Sequence[str]) -> str:
     # Such variables of a user may hide jobs.
     environment = {key: x for key, x in os.environ.items() if not key.startswith(("SQUEUE_", "SCANCEL_"))}
     try:
@@ -328,6 +309,6 @@ def _call(words: Iterable[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"{words[0]} cannot be asked: {error}") from None
     if done.returncode:
-        text: Any = done.stderr.strip().splitlines() or ["no reason"]
+        text = done.stderr.strip().splitlines() or ["no reason"]
         raise UserError(f"{words[0]} fails: {text[0]}")
     return done.stdout

@@ -12,10 +12,7 @@ def get_config() -> ConfigDict:
         dict(
             question="Which learning rate of the meta-optimizer reaches the lowest meta-loss?",
             base="celo2:fast_local",
-            overrides=(
-                "run.devices=1",
-                "run.iterations=300",
-            ),
+            overrides=("run.devices=1", "run.iterations=300"),
             axes=(("rate", rate),),
             seeds=(0, 1, 2),
         )

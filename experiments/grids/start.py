@@ -15,10 +15,7 @@ def get_config() -> ConfigDict:
         dict(
             question="Does a hand-made start lead further than a random one?",
             base="celo2:fast_local",
-            overrides=(
-                "run.devices=1",
-                "run.iterations=300",
-            ),
+            overrides=("run.devices=1", "run.iterations=300"),
             axes=(("start", start), ("rate", rate)),
             seeds=(0, 1, 2),
         )

@@ -84,6 +84,32 @@ def test_clipped_cuts_large_steps_and_passes_small_ones() -> None:
         np.testing.assert_allclose(got[name], y * np.minimum(1, limit / sizes[name]), rtol=3e-4, atol=1e-6)
 
 
+def test_raw_steps_of_a_random_theta_are_as_the_grid_on_output_normalization_says() -> None:
+    """Its ceiling of 0.1 is chosen for them."""
+    rng, sizes = np.random.default_rng(1), []
+    params = {"w": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32), "b": jnp.zeros(32)}
+    grads = [{k: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32) for k, x in params.items()}] * 2
+    for kind in ("newton_schulz", "identity"):
+        parts = (
+            f"{KIND}=identity",
+            "optimizer.routing.kind=single",
+            f"optimizer.orthogonalization.kind={kind}",
+        )
+        config = load("celo2", parts).optimizer
+        optimizers = [build(config, jax.random.key(seed)) for seed in range(3)]
+        theta = jax.tree.map(lambda *x: jnp.stack(x), *[optimizer.theta for optimizer in optimizers])
+
+        def last(theta: Any, optimizer: Any = optimizers[0]) -> Any:
+            optimizer, state = optimizer.with_theta(theta), optimizer.init(params)
+            for grad in grads:
+                updates, state = optimizer.update(grad, state, params, learning_rate=1.0)
+            return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(x * x)), updates)
+
+        sizes += jax.tree.leaves(jax.jit(jax.vmap(last))(theta))
+    sizes = np.concatenate(sizes)
+    assert ((sizes > 0.04) & (sizes < 0.45)).all() and (sizes > 0.1).mean() > 0.5, sizes
+
+
 def test_only_the_step_may_be_divided_by_an_average() -> None:
     with pytest.raises(UserError, match="optimizer.normalization.kind='rolling' keeps an average"):
         build(load("celo2_base", ["optimizer.normalization.kind=rolling"]).optimizer)

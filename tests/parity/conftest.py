@@ -1,4 +1,4 @@
-"""Formulas and recorded trajectories are followed by programs that are compiled as users' are."""
+"""Recorded trajectories are followed by programs that are compiled as users' are, none from before."""
 
 import jax
 import pytest
