@@ -46,6 +46,7 @@ def celo2(
     num_steps: int | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
     state_dtype: str = "float32",
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,6 +65,9 @@ def celo2(
       dimensions: ``optax.contrib.MuonDimensionNumbers`` or None (Adam) for each tensor, or a function of
         the parameters: which axes are the matrix. By default kernels of nnx and linen are recognised; see
         :meth:`~celo_nnx.optimizer.LearnedOptimizer.routing_table`.
+      shardings: ``jax.sharding.NamedSharding`` of each parameter, as a tree like them or a function of them:
+        the state is split over the mesh likewise, and each device updates its share. Start large states under
+        jit: ``jax.jit(tx.init)(params)``.
       state_dtype: ``"float32"`` (16 bytes a parameter of a matrix) or ``"bfloat16"`` (8, stochastically
         rounded; a step differs by about 1 % of its RMS).
       diagnostics: keep per-tensor figures in the state; see :func:`celo_nnx.diagnostics`.
@@ -95,6 +99,7 @@ def celo2_base(
     num_steps: int | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
     state_dtype: str = "float32",
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -103,8 +108,8 @@ def celo2_base(
     The step of every tensor is normalized to ``RMS(y) = 1``; a scalar moves by the learning rate.
 
     Args:
-      learning_rate, weight_decay, weights, num_steps, mask, dimensions, state_dtype, diagnostics: as in
-        :func:`celo2`; ``"hand_made"`` steps along RMS-normalized momentum here, and a tensor whose
+      learning_rate, weight_decay, weights, num_steps, mask, dimensions, shardings, state_dtype, diagnostics:
+        as in :func:`celo2`; ``"hand_made"`` steps along RMS-normalized momentum here, and a tensor whose
         dimensions are None is looked at as by default.
 
     Returns:
@@ -131,6 +136,7 @@ def celo(
     weights: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
     state_dtype: str = "float32",
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -139,7 +145,7 @@ def celo(
     Args:
       learning_rate: what the learned rate, about 0.1 to 1, and the parameter's RMS multiply. Leave it at the
         published 1e-3.
-      weight_decay, mask, dimensions, state_dtype, diagnostics: as in :func:`celo2`.
+      weight_decay, mask, dimensions, shardings, state_dtype, diagnostics: as in :func:`celo2`.
       num_steps: length of the run in updates.
       weights: as in :func:`celo2`; published ones are read by ``celo-nnx import``. ``"hand_made"`` steps
         along RMS-normalized momentum at a constant rate.

@@ -32,6 +32,7 @@ Who imports whom (an arrow points at what is imported; ``tests/test_layout.py`` 
     grid_commands -> compiled: programs that outlive a cell's process, in the user's cache
     theta_io, drop_in, evaluation -> weights: those of the package, by name; cards, verify -> what made them
     experiments -> config helpers only: a variant is data
+    optimizer, transform -> sharding: which share of a tensor a device updates
 
 Tensors. A *plane* is an array that broadcasts to a parameter's shape ``S``: ``S`` itself, or with size 1
 where it is constant (a row factor is ``[n, 1]``, a column factor ``[1, m]``). Planes are never stacked
@@ -189,11 +190,11 @@ class StepHead(Part):
 
     tiled: bool = True
 
-    def factor(self, param: Array) -> Array | None:
+    def factor(self, param: Array, spec: TensorSpec) -> Array | None:
         """Returns a scalar of the whole parameter that multiplies the step; None for 1."""
         return None
 
-    def __call__(self, direction: Array, magnitude: Array | None) -> Array:
+    def __call__(self, direction: Array, magnitude: Array | None, spec: TensorSpec) -> Array:
         """Returns the step, to be subtracted, before orthogonalization and output normalization."""
         raise NotImplementedError
 

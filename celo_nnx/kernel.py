@@ -53,6 +53,8 @@ class TensorKernel:
       controls: what the schedule has decided, of all tensors.
       run: what context features see of the run; ``shown`` is taken from ``controls``.
       seed: uint32 scalar, another for every update; only read by stochastic rounding.
+      unfinished: end before orthogonalization, which then sees all tensors of a shape at once, and leave the
+        rest to :meth:`finish`.
     """
 
     accumulators: Mapping[str, Accumulator]
@@ -68,6 +70,7 @@ class TensorKernel:
     controls: Controls
     run: RunView
     seed: Array
+    unfinished: bool = False
 
     def whole(
         self, spec: TensorSpec, grad: Array, param: Array, state: dict[str, PyTree], number: Array | int
@@ -88,12 +91,23 @@ class TensorKernel:
         view = (param, grad, stats)
         axes = self.normalization.axes(spec)
         squares = block_mean_squares(lambda t: self._flat(spec, t), view, spec.shape, axes)
+        squares = spec.across(squares, axes)
         groups = tuple(self._groups(spec, view))
         prepared = self._prepare(spec, groups, squares, controls, lambda: TensorView(*view, spec))
-        step, feedback = self._fenced_rule(spec, view, prepared, spec.shape, self.step.factor(param))
+        step, feedback = self._fenced_rule(spec, view, prepared, spec.shape, self.step.factor(param, spec))
+        feedback = spec.across(feedback)
+        if self.unfinished:
+            return step, state, feedback
         step = self.orthogonalization(step, spec)
-        scale, average = self._output_scale(step, spec, old.get(OUTPUT))
-        return self.step.finish(step * scale, stats), state | average, feedback
+        step, average = self.finish(spec, step, stats, old.get(OUTPUT))
+        return step, state | average, feedback
+
+    def finish(
+        self, spec: TensorSpec, step: Array, stats: dict[str, Any], average: Array | None
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns an orthogonalized step normalized and finished, and its next average where one is kept."""
+        scale, average = self._output_scale(step, spec, average)
+        return self.step.finish(step * scale, stats), average
 
     def accumulate(
         self,
@@ -104,10 +118,10 @@ class TensorKernel:
         controls: Controls,
     ) -> tuple[dict[str, PyTree], dict[str, Any]]:
         """Returns the accumulators' next state after a clipped gradient, and its readings."""
-        new = {
-            n: self._advance(n, state[n], a.measure(grad, spec), spec, number, controls)
-            for n, a in self._all()
-        }
+        new = {}
+        for n, a in self._all():
+            measured = self._across(a, a.measure(grad, spec), spec)
+            new[n] = self._advance(n, state[n], measured, spec, number, controls)
         return new, self.read(spec, new)
 
     def read(self, spec: TensorSpec, state: dict[str, PyTree]) -> dict[str, Any]:
@@ -165,7 +179,7 @@ class TensorKernel:
         # Only where context looks at the tensor is all of it made.
         whole = lambda: TensorView(*tile(moving, 0, full)[0], spec)  # noqa: E731
         prepared = self._prepare(spec, groups, squares, controls, whole)
-        factor = self.step.factor(param())
+        factor = self.step.factor(param(), spec)
 
         def write(carry: tuple[PyTree, Array, Array], start: Array | int, count: int) -> Any:
             moving, steps, total = carry
@@ -178,11 +192,13 @@ class TensorKernel:
 
         total = jnp.zeros((self.update_rule.feedback,), jnp.float32)
         moving, steps, total = over_tiles(full, size, write, (moving, steps, total))
+        state, total = state | moving, spec.across(total)
+        if self.unfinished:
+            return state, steps, jnp.ones((1,) * len(spec.shape)), total
         step = lax.dynamic_index_in_dim(steps, index, keepdims=False)
         made = self.orthogonalization(step, spec)
         if made is not step:
             steps = lax.dynamic_update_index_in_dim(steps, made, index, 0)
-        state |= moving
         kept = _at(state[OUTPUT], index) if OUTPUT in state else None
         scale, average = self._output_scale(made, spec, kept)
         state |= {n: lax.dynamic_update_index_in_dim(state[n], x, index, 0) for n, x in average.items()}
@@ -251,7 +267,8 @@ class TensorKernel:
         measured = over_tiles(spec.shape[-2], size, add, zeros)
         out = {}
         for n in parts:
-            new = self._advance(n, _at(state[n], index), measured[n], spec, number, controls)
+            whole = self._across(parts[n], measured[n], spec)
+            new = self._advance(n, _at(state[n], index), whole, spec, number, controls)
             out[n] = jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, index, 0), state[n], new)
         return out
 
@@ -287,7 +304,20 @@ class TensorKernel:
         for j, x in enumerate(planes):
             if j not in squares:
                 squares[j] = jnp.mean(x * x, axes, keepdims=True)
-        return tuple(groups), jnp.stack([jnp.broadcast_to(squares[j], kept) for j in range(len(planes))])
+        all_of_them = jnp.stack([jnp.broadcast_to(squares[j], kept) for j in range(len(planes))])
+        return tuple(groups), spec.across(all_of_them, axes)
+
+    @staticmethod
+    def _across(part: Accumulator, measured: PyTree, spec: TensorSpec) -> PyTree:
+        """Returns what a whole tensor measures from what a share does; see :class:`Accumulator`."""
+        if part.elementwise or not spec.shards:
+            return measured
+
+        def over_reduced(x: Array) -> Array:
+            first = x.ndim - len(spec.shape)
+            return spec.across(x, [a for a, n in enumerate(spec.shape) if n > 1 and x.shape[first + a] == 1])
+
+        return jax.tree.map(over_reduced, measured)
 
     def _all(self) -> Any:
         return self.accumulators.items()
@@ -340,7 +370,7 @@ class TensorKernel:
 
         def rule(view: Any, prepared: PyTree) -> tuple[Array, Array]:
             direction, magnitude, more = self.update_rule(self._groups(spec, view), prepared, shape)
-            step = self.step(direction, magnitude)
+            step = self.step(direction, magnitude, spec)
             feedback = jnp.stack([jnp.mean(x) for x in more]) if more else jnp.zeros((0,), jnp.float32)
             return (step if factor is None else step * factor), feedback
 
@@ -361,6 +391,7 @@ class TensorKernel:
         norm = self.output_normalization
         if square is None:
             square = block_mean_squares(lambda x: [x], step, spec.shape, norm.axes(spec))[0]
+            square = spec.across(square, norm.axes(spec))
         if norm.decay is None:
             return norm.scale(square), {}
         average = norm.decay * average + (1 - norm.decay) * square

@@ -38,7 +38,16 @@ from celo_nnx.interfaces import (
 from celo_nnx.kernel import TensorKernel
 from celo_nnx.pallas_kernel import PallasKernel
 from celo_nnx.precision import Storage, mix
-from celo_nnx.tensors import Tensors, check_arrays, check_like, check_patterns, layout, spread, tensor_paths
+from celo_nnx.sharding import Given, Layout, layout, state_shardings, update_shares
+from celo_nnx.tensors import (
+    Tensors,
+    axes_in_words,
+    check_arrays,
+    check_like,
+    check_patterns,
+    spread,
+    tensor_paths,
+)
 from celo_nnx.transform import as_optax
 
 Array = jax.Array
@@ -61,6 +70,8 @@ class Settings:
         With the Pallas kernel, elements at most in a block.
       kernel: ``"xla"``, or ``"pallas"``: large tensors by :class:`celo_nnx.pallas_kernel.PallasKernel`
         (interpreted on a CPU, to check it).
+      shardings: of every parameter by path, where they are split over a mesh of devices. Not a config key:
+        see ``LearnedOptimizer.as_optax``.
     """
 
     tensors: Tensors = Tensors()
@@ -68,12 +79,15 @@ class Settings:
     weight_decay: float = 0.0
     tile: int = 0
     kernel: str = "xla"
+    shardings: Given = ()
 
     def __post_init__(self) -> None:
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
         require(type(self.tile) is int and self.tile >= 0, "tile", self.tile, "an integer of at least 0")
         if self.kernel not in KERNELS:
             raise unknown("kernel", self.kernel, KERNELS)
+        if self.shardings and self.kernel != "xla":
+            raise UserError(f"kernel = {self.kernel!r} does not take shardings: use kernel = 'xla'")
 
 
 class LearnedOptimizer(nnx.Module):
@@ -207,7 +221,7 @@ class LearnedOptimizer(nnx.Module):
         table, specs = self._routes(params), self.specs(params)
         lines = [("tensor", "shape", "rule", "axes")]
         for path, leaf in tensor_paths(params):
-            axes = layout(specs[path]) if table[path] == LEARNED else "elementwise"
+            axes = axes_in_words(specs[path]) if table[path] == LEARNED else "elementwise"
             lines.append((path, str(tuple(leaf.shape)), table[path], axes))
         widths = [max(len(line[i]) for line in lines) for i in range(3)]
         padded = ("  ".join([*(f"{x:<{w}}" for x, w in zip(x, widths, strict=False)), x[3]]) for x in lines)
@@ -216,7 +230,7 @@ class LearnedOptimizer(nnx.Module):
     def _groups(self, params: PyTree, table: dict[str, str]) -> dict[str, list[TensorSpec]]:
         """Returns the learned tensors by name of their shape and layout, in flatten order."""
         groups: dict[str, list[TensorSpec]] = {}
-        specs = self.specs(params)
+        specs, given = self.specs(params), dict(self.settings.shardings)
         for path, leaf in tensor_paths(params):
             if table[path] != LEARNED or not leaf.size:
                 continue
@@ -230,8 +244,34 @@ class LearnedOptimizer(nnx.Module):
                     else ("vector",)
                 )
                 name += "-" + "-".join(str(a) for a in axes)
+            if given and name in groups:
+                split, first = (layout(s, given[s.path]).name for s in (spec, groups[name][0]))
+                name += f"-on-{split}" if split != first else ""
             groups.setdefault(name, []).append(spec)
         return groups
+
+    def _layouts(self, groups: dict[str, list[TensorSpec]]) -> dict[str, Layout]:
+        """Returns how the tensors of each group are split; empty where they are not."""
+        given = dict(self.settings.shardings)
+        return {name: layout(specs[0], given[specs[0].path]) for name, specs in groups.items() if given}
+
+    def _placed(self, state: PyTree, groups: dict[str, list[TensorSpec]], params: PyTree) -> PyTree:
+        """Returns a state split over the mesh as the parameters are."""
+        if not self.settings.shardings:
+            return state
+        places = state_shardings(state, self._layouts(groups), dict(self.settings.shardings), params)
+        return jax.tree.map(jax.lax.with_sharding_constraint, state, places)
+
+    def state_shardings(self, params: PyTree) -> PyTree:
+        """Returns the sharding of every array of the state: what to restore a checkpoint onto.
+
+        Raises:
+          UserError: there are no shardings: ``with_settings(shardings=given_shardings(tree, params))``.
+        """
+        require(bool(self.settings.shardings), "shardings", (), "those of every parameter")
+        groups = self._groups(params, self._routes(params))
+        state = jax.eval_shape(self.init, params)
+        return state_shardings(state, self._layouts(groups), dict(self.settings.shardings), params)
 
     def init(self, params: PyTree, num_steps: Array | int = 0) -> dict[str, PyTree]:
         """Makes the optimizer state.
@@ -265,7 +305,7 @@ class LearnedOptimizer(nnx.Module):
                 axes = self.output_normalization.axes(specs[0])
                 one[OUTPUT] = jnp.zeros([1 if a in axes else n for a, n in enumerate(specs[0].shape)])
             learned[name] = stacked(one, len(specs))
-        return {
+        state = {
             "version": jnp.asarray(STATE_VERSION, jnp.int32),
             "count": jnp.zeros((), jnp.int32),
             "num_steps": jnp.asarray(num_steps, jnp.int32),
@@ -275,6 +315,7 @@ class LearnedOptimizer(nnx.Module):
             "learned": learned,
             "routes": {n: storage.init(self.routes[n].init(own)) for n, own in others.items() if own},
         }
+        return self._placed(state, groups, params)
 
     def _rows(self, groups: dict[str, list[TensorSpec]]) -> int:
         """Returns how many rows the schedule sees: one where none of them looks at its tensor."""
@@ -332,15 +373,19 @@ class LearnedOptimizer(nnx.Module):
         kernel = self._decide(groups, pairs, state, new, jnp.asarray(value, jnp.float32))
         steps = {path: jnp.zeros(p.shape, jnp.float32) for path, p in leaves if not p.size}
         rates, feedback, new["learned"], new["routes"] = {}, [], {}, {}
+        layouts, given = self._layouts(groups), dict(self.settings.shardings)
         for name, specs in groups.items():
             of_group, number = [pairs[s.path] for s in specs], len(rates)
-            made, new["learned"][name], back = update_group(
-                kernel, specs[0], of_group, state["learned"][name], number, self.settings.tile
-            )
+            own, tile = state["learned"][name], self.settings.tile
+            if layouts:
+                out = update_shares(kernel, layouts[name], of_group, own, number, tile)
+            else:
+                out = update_group(kernel, specs[0], of_group, own, number, tile)
+            made, new["learned"][name], back = out
             feedback.append(back)
             for i, (spec, step) in enumerate(zip(specs, made, strict=True)):
                 steps[spec.path] = step
-                factor = self.rate_scale(spec.path, spec.own or spec.shape)
+                factor = self.rate_scale(spec.path, spec.tensor_shape)
                 rate = kernel.controls.of(number + i).rate
                 rates[spec.path] = factor if rate is None else factor * rate
         if self.update_rule.feedback and feedback:
@@ -361,8 +406,10 @@ class LearnedOptimizer(nnx.Module):
             rate, step = lr * rates.get(path, 1.0), steps[path]
             if mask[path] and not (isinstance(decay, (int, float)) and decay == 0):
                 step = step + decay * param.astype(jnp.float32)
-            updates.append((-rate * step).astype(param.dtype))
+            update = (-rate * step).astype(param.dtype)
+            updates.append(jax.lax.with_sharding_constraint(update, given[path]) if given else update)
         new["count"] = optax.safe_increment(state["count"])
+        new = self._placed(new, groups, params)
         return jax.tree.unflatten(jax.tree.structure(params), updates), new
 
     def _decide(

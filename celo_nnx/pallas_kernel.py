@@ -95,14 +95,14 @@ class PallasKernel(TensorKernel):
         prepared = self._prepare(
             spec, groups, squares, controls, lambda: TensorView(full_param, jnp.zeros(()), fixed, spec)
         )
-        factor = self.step.factor(full_param)
+        factor = self.step.factor(full_param, spec)
         # What may differ from one matrix of the batch to the next goes with the blocks.
         varying = {n: x for n, x in prepared.items() if x.ndim >= len(spec.shape) + 2}
 
         def write(first: Array, varying: dict[str, Array], *seen: Any) -> tuple[PyTree, list[Array]]:
             tile, new = view(first, *seen)
             made = self.update_rule(self._groups(spec, tile), prepared | varying, tiling.tile)
-            step = self.step(*made[:2])
+            step = self.step(*made[:2], spec)
             step = step if factor is None else step * factor
             return (step, new), [step * step, *made[2]]
 

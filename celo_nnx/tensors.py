@@ -357,11 +357,11 @@ def _is_numbers(x: Any) -> bool:
     return hasattr(x, "reduction_axis") and hasattr(x, "output_axis")
 
 
-def layout(spec: TensorSpec) -> str:
+def axes_in_words(spec: TensorSpec) -> str:
     """Says in words how a tensor is looked at, for the routing table.
 
     Example:
-      >>> layout(Tensors().specs({"conv/kernel": (3, 3, 16, 32)})["conv/kernel"])
+      >>> axes_in_words(Tensors().specs({"conv/kernel": (3, 3, 16, 32)})["conv/kernel"])
       'rows 0,1,2 x columns 3'
     """
     if spec.matrix is None:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from celo_nnx.errors import UserError, require
+from celo_nnx.sharding import given_shardings
 from celo_nnx.tensors import dimension_numbers, tensor_paths
 
 Array = jax.Array
@@ -26,6 +27,7 @@ def as_optax(
     weight_decay: float | None = None,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
     dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
+    shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer as an optax transformation.
@@ -42,6 +44,8 @@ def as_optax(
         ``optax.contrib.muon`` takes them, or a function of the parameters: which axes are the matrix;
         None sends a tensor to the hand-made route, and where there is none leaves it to the config's
         ``tensors``, which decide by default.
+      shardings: ``jax.sharding.NamedSharding`` of each parameter, as a tree like them or a function of them:
+        the state is then split over the mesh as they are, and each device updates its share.
       diagnostics: keep per-tensor figures of the last update in the state; see :func:`diagnostics`.
 
     Returns:
@@ -65,10 +69,13 @@ def as_optax(
     _check_number("weight_decay", weight_decay)
 
     def looking(params: PyTree) -> Any:
-        if dimensions is None:
-            return optimizer
-        given = dimension_numbers(dimensions, params)
-        return optimizer.with_settings(tensors=dataclasses.replace(optimizer.settings.tensors, given=given))
+        changes: dict[str, Any] = {}
+        if dimensions is not None:
+            given = dimension_numbers(dimensions, params)
+            changes["tensors"] = dataclasses.replace(optimizer.settings.tensors, given=given)
+        if shardings is not None:
+            changes["shardings"] = given_shardings(shardings, params)
+        return optimizer.with_settings(**changes) if changes else optimizer
 
     def init(params: PyTree) -> PyTree:
         state = looking(params).init(params, 0 if num_steps is None else num_steps)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import struct
+from jax import lax
 
 Array = jax.Array
 
@@ -26,6 +29,9 @@ class TensorSpec:
         largest (OPTIMIZERS section 1.4), or None for a vector.
       own: the tensor's own shape; ``shape`` by default.
       rows, columns: the own axes merged into each side of the matrix; the last two by default.
+      shards: for each axis of ``shape`` the mesh axes that split it, where this describes one device's share
+        of a tensor (:mod:`celo_nnx.sharding`); ``shape`` and ``own`` are then the share's.
+      total: the tensor's own shape over all devices; ``own`` by default.
     """
 
     path: str
@@ -35,6 +41,28 @@ class TensorSpec:
     own: tuple[int, ...] | None = None
     rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
+    shards: tuple[tuple[str, ...], ...] = ()
+    total: tuple[int, ...] | None = None
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The tensor's own shape, over all devices."""
+        return self.total or (self.shape if self.own is None else self.own)
+
+    @property
+    def size(self) -> int:
+        """The tensor's number of elements, over all devices."""
+        return math.prod(self.tensor_shape)
+
+    def across(self, mean: Array, axes: Sequence[int] | None = None) -> Array:
+        """Returns a mean over ``axes`` of ``shape`` (all by default) from this device's share of it.
+
+        Every part that takes a mean over a tensor's elements passes it through here; it is returned as it is
+        where the tensor lies whole on each device.
+        """
+        over = range(len(self.shards)) if axes is None else axes
+        names = tuple(name for axis in over for name in (self.shards[axis] if self.shards else ()))
+        return lax.pmean(mean, names) if names else mean
 
     @property
     def norm_axes(self) -> tuple[int, ...]:

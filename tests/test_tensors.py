@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers as Numbers
 
 from celo_nnx import UserError, load_optimizer
-from celo_nnx.tensors import Tensors, dimension_numbers, layout, recognise, spread, tensor_paths
+from celo_nnx.tensors import Tensors, axes_in_words, dimension_numbers, recognise, spread, tensor_paths
 
 Axes = tuple[int, ...]
 
@@ -155,7 +155,7 @@ def test_kernels_of_linen_alone_and_stacked_by_scan() -> None:
 def test_a_vector_is_what_a_bias_or_a_scale_is() -> None:
     specs = Tensors().specs({"q/bias": (4, 8), "norm/scale": (3, 8), "b": (2, 2), "w": (2, 2), "x": ()})
     assert [specs[p].shape for p in specs] == [(32,), (24,), (4,), (2, 2), (1,)]
-    assert [layout(s) for s in specs.values()] == [*["vector"] * 3, "rows 0 x columns 1", "scalar"]
+    assert [axes_in_words(s) for s in specs.values()] == [*["vector"] * 3, "rows 0 x columns 1", "scalar"]
     assert recognise("conv/bias", {"conv/bias": (3, 16)}) == ((), ())
 
 

@@ -91,7 +91,7 @@ class Factored(Bank):
         d1 = spec.factored[0] + 1
 
         def factors(row: Array, column: Array) -> tuple[Array, Array]:
-            mean = jnp.mean(row, d1, keepdims=True)
+            mean = spec.across(jnp.mean(row, d1, keepdims=True), (d1 - 1,))
             return rsqrt_floored(row / (mean + 1e-9)), rsqrt_floored(column)
 
         row, column = (self.corrected(state[name], count) for name in ("row", "column"))

@@ -37,14 +37,15 @@ class NormalizedMoment(TensorFeature):
         return sizes["second_moment" if self.moment == "mean_second_moment" else "momentum"]
 
     def values(self, view: RunView) -> Array:
-        assert view.tensor is not None
+        assert view.tensor is not None and view.spec is not None
+        across = view.spec.across
         param, stats = view.tensor.param, view.tensor.stats
         axes = tuple(range(1, param.ndim + 1))
-        z = lax.rsqrt(jnp.maximum(1e-9, jnp.mean(param * param)))
+        z = lax.rsqrt(jnp.maximum(1e-9, across(jnp.mean(param * param))))
         second = z * stats["second_moment"]
         if self.moment == "mean_second_moment":
-            return log_clipped(jnp.mean(second, axes), 10.0, 0.5)
+            return log_clipped(across(jnp.mean(second, axes)), 10.0, 0.5)
         momentum = z * stats["momentum"]
-        mean = jnp.mean(momentum, axes, keepdims=True)
+        mean = across(jnp.mean(momentum, axes, keepdims=True))
         x = momentum if self.moment == "variance_momentum" else second
-        return log_clipped(jnp.mean(jnp.square(x - mean), axes), 10.0, 0.5)
+        return log_clipped(across(jnp.mean(jnp.square(x - mean), axes)), 10.0, 0.5)

@@ -25,7 +25,7 @@ class ShapeFeature(TensorFeature):
     def shape(self, view: RunView) -> tuple[int, ...]:
         """Returns the tensor's own shape."""
         assert view.spec is not None
-        return view.spec.shape if view.spec.own is None else view.spec.own
+        return view.spec.tensor_shape
 
 
 class Rank(ShapeFeature):

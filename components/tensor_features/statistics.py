@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -11,12 +13,7 @@ from celo_nnx.interfaces import RunView, TensorFeature
 Array = jax.Array
 
 QUANTITIES = ("gradient", "parameter", "momentum", "second_moment")
-STATISTICS = {
-    "mean": jnp.mean,
-    "mean_abs": lambda x: jnp.mean(jnp.abs(x)),
-    "variance": lambda x: jnp.mean(jnp.square(x - jnp.mean(x))),
-    "norm": lambda x: jnp.sqrt(jnp.sum(x * x)),
-}
+STATISTICS = ("mean", "mean_abs", "variance", "norm")
 
 
 def quantity(view: RunView, name: str) -> Array:
@@ -25,6 +22,20 @@ def quantity(view: RunView, name: str) -> Array:
     if name == "gradient":
         return view.tensor.grad
     return view.tensor.param if name == "parameter" else view.tensor.stats[name]
+
+
+def statistic(view: RunView, of: str, name: str) -> Array:
+    """Returns one of :data:`STATISTICS` of an array of a tensor, scalar."""
+    assert view.spec is not None
+    x, across = quantity(view, of), view.spec.across
+    if name == "mean":
+        return across(jnp.mean(x))
+    if name == "mean_abs":
+        return across(jnp.mean(jnp.abs(x)))
+    if name == "variance":
+        return across(jnp.mean(jnp.square(x - across(jnp.mean(x)))))
+    shares = view.spec.size // math.prod(view.spec.shape)
+    return jnp.sqrt(shares * across(jnp.sum(x * x)))
 
 
 class Statistic(TensorFeature):
@@ -61,7 +72,7 @@ class LogStatistic(Statistic):
         self.statistic, self.factor, self.gain = statistic, float(factor), float(gain)
 
     def values(self, view: RunView) -> Array:
-        x = STATISTICS[self.statistic](quantity(view, self.of))
+        x = statistic(view, self.of, self.statistic)
         return log_clipped(x, self.factor, self.gain)[None]
 
 
@@ -83,7 +94,7 @@ class SignOfMean(Statistic):
     """
 
     def values(self, view: RunView) -> Array:
-        return jnp.sign(jnp.mean(quantity(view, self.of)))[None]
+        return jnp.sign(statistic(view, self.of, "mean"))[None]
 
 
 class LogNorm(Statistic):
@@ -97,4 +108,4 @@ class LogNorm(Statistic):
         super().__init__(of=of)
 
     def values(self, view: RunView) -> Array:
-        return jnp.log(STATISTICS["norm"](quantity(view, self.of)) + 1e-8)[None]
+        return jnp.log(statistic(view, self.of, "norm") + 1e-8)[None]

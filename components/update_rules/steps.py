@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from celo_nnx.errors import require
-from celo_nnx.interfaces import StepHead
+from celo_nnx.interfaces import StepHead, TensorSpec
 
 Array = jax.Array
 
@@ -46,17 +46,17 @@ class DirectionStep(StepHead):
     def tiled(self) -> bool:
         return not (self.exp_mult and self.aggregate_magnitude) and not self.precondition
 
-    def factor(self, param: Array) -> Array | None:
+    def factor(self, param: Array, spec: TensorSpec) -> Array | None:
         if not self.parameter_scale:
             return None
-        rho = jnp.sqrt(jnp.mean(param * param) + 1e-9)
-        return jnp.minimum(rho, self.scale_limit * param.size**0.5) if self.scale_limit else rho
+        rho = jnp.sqrt(spec.across(jnp.mean(param * param)) + 1e-9)
+        return jnp.minimum(rho, self.scale_limit * spec.size**0.5) if self.scale_limit else rho
 
-    def __call__(self, direction: Array, magnitude: Array | None) -> Array:
+    def __call__(self, direction: Array, magnitude: Array | None, spec: TensorSpec) -> Array:
         if not self.exp_mult or magnitude is None:
             return direction
         if self.aggregate_magnitude:
-            magnitude = jnp.mean(magnitude)
+            magnitude = spec.across(jnp.mean(magnitude))
         return direction * jnp.exp(self.exp_mult * magnitude)
 
     def finish(self, step: Array, stats: dict[str, Any]) -> Array:
