@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from celo_nnx import processes
 from celo_nnx.errors import UserError, is_count, require, unknown
 from celo_nnx.interfaces import Family, GradientEstimator
+from celo_nnx.model_shapes import array, block
 
 PyTree = Any
 
@@ -46,19 +47,7 @@ def transformer_shapes(params: int) -> PyTree:
     while _count(width + 8) <= params * 1.02:
         width += 8
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    def block() -> PyTree:
-        norm = {"scale": array(width), "bias": array(width)}
-        mlp = {
-            "up": {"kernel": array(width, 4 * width), "bias": array(4 * width)},
-            "down": {"kernel": array(4 * width, width), "bias": array(width)},
-        }
-        attention = {name: array(width, width) for name in ("query", "key", "value", "output")}
-        return {"attention": attention, "mlp": mlp, "norm_1": norm, "norm_2": dict(norm)}
-
-    tree = {f"block_{i:02d}": block() for i in range(12)}
+    tree = {f"block_{i:02d}": block(width, attention_bias=False) for i in range(12)}
     tree["embed"] = {"tokens": array(VOCABULARY * width // 64, width), "positions": array(256, width)}
     tree["norm"] = {"scale": array(width), "bias": array(width)}
     return tree

@@ -198,6 +198,20 @@ def bench_orthogonalization(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan is for other machines' devices
+    from celo_nnx import plan
+
+    rows = []
+    options = dict(meshes=args.mesh or plan.MESHES, optimizers=args.optimizer or plan.OPTIMIZERS)
+    tell = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    for row in plan.plan(args.model, **options, overrides=args.set, tell=tell):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    print(*plan.table(rows), sep="\n", file=sys.stderr)
+    return 0
+
+
 def quickstart(args: argparse.Namespace) -> int:
     from celo_nnx.quickstart import run
 
