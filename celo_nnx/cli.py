@@ -286,11 +286,11 @@ def _parser() -> argparse.ArgumentParser:
         "what an update takes on a mesh of devices, for a model too large for this machine: bytes of "
         "parameters, state and temporaries, work and traffic of one device, against AdamW and Muon",
         "plan --model gpt3-xl",
-        "plan --model gpt2-small --mesh fsdp=1 data=2,fsdp=4 --optimizer adamw celo2",
+        "plan --model gpt3-xl --mesh fsdp=8 data=2,fsdp=8 fsdp=4,tensor=2 --optimizer adamw celo2",
         "plan --model gpt3-xl --mesh fsdp=16,tensor=8 --optimizer celo2 --set optimizer.state.dtype=bfloat16",
     )
     sub.add_argument("--model", required=True, metavar="NAME", help="gpt2-small, gpt3-xl, vit-b16, ...")
-    text = "axes data, fsdp, tensor with their sizes (default fsdp=1 fsdp=8 fsdp=4,tensor=2)"
+    text = "axes data, fsdp, tensor with their sizes (default fsdp=1: one device)"
     sub.add_argument("--mesh", nargs="+", metavar="AXIS=N,...", help=text)
     text = "adamw, muon or variants (default adamw muon celo2)"
     sub.add_argument("--optimizer", nargs="+", metavar="NAME", help=text)

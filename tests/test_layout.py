@@ -34,7 +34,7 @@ ALLOWED = {
     "optimizer": KERNEL | {"groups", "pallas_kernel", "sharding", "transform"},
     "work": set(),
     "model_shapes": {"errors", "tensors"},
-    "plan": {"config", "errors", "model_shapes", "sharding", "tensors", "work"},
+    "plan": {"config", "devices", "errors", "model_shapes", "sharding", "tensors", "work"},
     "weights": {"errors", "files"},
     "drop_in": LEAVES | {"config", "optimizer", "weights"},
     "components": LEAVES,
