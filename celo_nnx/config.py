@@ -65,6 +65,7 @@ def run_section() -> dict[str, Any]:
         checkpoint_seconds=60.0,
         keep=2,
         snapshots=0,
+        stop_after_non_finite=0,
         data_dir="",
         devices=0,
         progress=True,

@@ -100,8 +100,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         ("keep", 1),
         ("snapshots", 0),
         ("devices", 0),
+        ("stop_after_non_finite", 0),
     ):
-        require(_whole(options[name], least), f"run.{name}", options[name], f"an integer >= {least}")
+        value = options.get(name, 0) if name == "stop_after_non_finite" else options[name]
+        require(_whole(value, least), f"run.{name}", value, f"an integer >= {least}")
     seconds = options["checkpoint_seconds"]
     number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds >= 0
     require(number, "run.checkpoint_seconds", seconds, "a number >= 0")

@@ -59,8 +59,8 @@ class Metrics:
 
     def _clear(self) -> None:
         self._offset, self._last = 0, b""
-        self._columns = {name: array("d") for name in ("iteration", "time", *SCALARS)}
-        self._families = {"family_loss": {}, "nonfinite": {}}
+        self._columns = {name: array("d") for name in ("iteration", "time", "nonfinite_theta", *SCALARS)}
+        self._families = {"family_loss": {}, "nonfinite": {}, "nonfinite_gradient": {}}
         self.bad = 0
         self.phases: list[tuple[int, str]] = []
 
@@ -72,8 +72,21 @@ class Metrics:
         return np.array(self._columns[name])
 
     def families(self, name: str) -> dict[str, np.ndarray]:
-        """The columns of ``family_loss`` or ``nonfinite``, by family, in the order of the log."""
+        """The columns of ``family_loss``, ``nonfinite`` or ``nonfinite_gradient``, by family."""
         return {family: np.array(column) for family, column in self._families[name].items()}
+
+    def spoiled(self) -> list[str]:
+        """What else than inner losses was not finite, in sentences: estimates of pairs, theta."""
+        lost = {k: int(np.nansum(x)) for k, x in self.families("nonfinite_gradient").items()}
+        out = []
+        if total := sum(lost.values()):
+            named = ", ".join(f"{printable(k)} {count:,}" for k, count in lost.items() if count)
+            out.append(
+                f"{total:,} estimates of pairs were not finite and left out of the gradient ({named})."
+            )
+        if total := int(np.nansum(self["nonfinite_theta"])):
+            out.append(f"{total:,} entries of theta or of its gradient were not finite.")
+        return out
 
     @property
     def iteration(self) -> int:

@@ -128,6 +128,7 @@ def summary(run: RunFolder, state: str) -> list[str]:
         out.append(f"No meta-loss of the last {window} meta-iterations is finite.")
     if count := sum(map(_total, run.metrics.families("nonfinite").values())):
         out.append(f"{count:,} inner losses were not finite.")
+    out += run.metrics.spoiled()
     if run.metrics.bad:
         out.append(f"{run.metrics.bad:,} lines of metrics.jsonl are not rows and were left out.")
     return out

@@ -39,12 +39,13 @@ from celo_nnx.devices import choose_devices
 from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Family, PyTree
 from celo_nnx.meta import checkpoint, pairs_of
-from celo_nnx.meta.runlog import RunLog, Silent, rows
+from celo_nnx.meta.runlog import Counted, RunLog, Silent, read, rows
 from celo_nnx.phases import Phase, phase_at, plan
 from celo_nnx.theta_io import FILE_NAME, save_theta
 
 Stop = Callable[[], int]
 SNAPSHOTS = "snapshots"
+NON_FINITE = 128  # in the place of a signal: no signal has so high a number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,16 +295,30 @@ def _run(
                 (run_dir / SNAPSHOTS).mkdir(exist_ok=True)
                 save_theta(run_dir / SNAPSHOTS / f"{iteration:07d}.safetensors", theta, header)
 
-    with contextlib.closing(log):
+    limit = options.get("stop_after_non_finite", 0)
+    counted = Counted(log, limit, read(run_dir / "metrics.jsonl", start) if limit else ())
+
+    def stop_or_spoiled() -> int:
+        return NON_FINITE if counted.over() else stop()
+
+    with contextlib.closing(counted):
         begin = time.monotonic()
         if loaded is None:
             state = trainer.init(root)
             save(0, state)
-        state, iteration, signum = _iterate(options, total, works, root, state, start, log, save, stop)
+        state, iteration, signum = _iterate(
+            options, total, works, root, state, start, counted, save, stop_or_spoiled
+        )
         theta = processes.to_host(learned(state))
         if iteration == start:  # the file may be older than the checkpoint, after a kill between the two
             keep_theta(iteration, theta)
     seconds = time.monotonic() - begin
+    if signum == NON_FINITE:
+        with processes.together():
+            raise UserError(
+                f"{run_dir} is stopped and saved after meta-iteration {iteration}: {counted}, and "
+                f"run.stop_after_non_finite = {limit}; a larger number, or 0 for never, goes on from here"
+            )
     return TrainResult(run_dir, iteration, iteration >= total, signum, theta, seconds)
 
 
@@ -329,7 +344,7 @@ def _iterate(
     root: jax.Array,
     state: PyTree,
     iteration: int,
-    log: RunLog | Silent,
+    log: Counted,
     save: Callable[[int, PyTree], None],
     stop: Stop,
 ) -> tuple[PyTree, int, int]:

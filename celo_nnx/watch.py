@@ -114,6 +114,7 @@ def notes(run: RunFolder) -> list[Text]:
     if resumed:
         times = "once" if len(resumed) == 1 else f"{len(resumed):,} times"
         out.append(Text(f"resumed {times}, last from iteration {resumed[-1]:,}"))
+    out += [Text(line, style="yellow") for line in run.metrics.spoiled()]
     if run.metrics.bad:
         out.append(Text(f"{run.metrics.bad:,} lines of metrics.jsonl are not rows", style="yellow"))
     return out

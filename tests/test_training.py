@@ -241,6 +241,34 @@ def test_signal_saves_and_exits_cleanly(whole: Path, tmp_path: Path, number: int
     assert theta_bytes(tmp_path / "a") == theta_bytes(whole)
 
 
+def test_the_run_stops_after_what_is_not_finite(whole: Path, tmp_path: Path) -> None:
+    """The stand-in has two such losses a meta-iteration; those before the last start count too."""
+    folder, calls = tmp_path / "a", iter(range(9))
+    run(folder, stop=lambda: signal.SIGTERM * (next(calls) >= 2))
+    assert len(log(folder)) == 4
+    for _ in range(2):  # the second time there is nothing to do
+        with pytest.raises(UserError, match=r"\(one 16\), and run.stop_after_non_finite = 11; .* goes on"):
+            run(folder, stop_after_non_finite=11)
+        # 12 after 6, seen a dispatch later, since the device never waits.
+        assert checkpoint.steps(folder / "checkpoints")[-1] == len(log(folder)) == 8
+    assert run(folder, stop_after_non_finite=25).finished
+    assert theta_bytes(folder) == theta_bytes(whole) and log(folder) == log(whole)
+    refused("run.stop_after_non_finite = -1 .* integer >= 0", folder, stop_after_non_finite=-1)
+
+
+def test_rows_name_what_else_was_not_finite(tmp_path: Path) -> None:
+    metrics = {"loss": np.ones(2), "family_loss": np.ones((2, 2)), "nonfinite": np.zeros((2, 2), int)}
+    metrics |= {"nonfinite_gradient": np.array([[0, 0], [0, 3]]), "nonfinite_theta": np.array([0, 2])}
+    healthy, bad = runlog.rows(metrics, 0, 2, ["a", "b"], 0.0)
+    assert "nonfinite_gradient" not in healthy and "nonfinite_theta" not in healthy
+    assert bad["nonfinite_gradient"] == {"a": 0, "b": 3} and bad["nonfinite_theta"] == 2
+    odd = {"iteration": 3, "nonfinite": [1], "nonfinite_gradient": {"a": "x"}, "nonfinite_theta": -4}
+    log = runlog.Counted(runlog.Silent(), 5, [healthy, bad, odd])
+    assert log.over() and str(log) == "5 numbers were not finite (b 3, theta 2)"
+    assert not runlog.Counted(runlog.Silent(), 6, [bad]).over()
+    assert not runlog.Counted(runlog.Silent(), 0, [bad]).over()
+
+
 def test_rows_and_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     metrics = {
         "loss": np.array([1.0, np.inf]),

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from celo_nnx import lock, watch
+from celo_nnx import lock, run_report, watch
 from celo_nnx.cli import main
 from celo_nnx.run_folder import RunFolder
 
@@ -112,6 +112,18 @@ def test_curves() -> None:
     for width, height in ((20, 3), (77, 12)):
         lines = watch.curve(np.random.default_rng(0).normal(size=1000), width, height, np.arange(1000))
         assert len(lines) == height and max(map(len, lines)) <= width
+
+
+def test_what_was_not_finite_in_theta_is_said(tmp_path: Path) -> None:
+    rows = [made_run.row(i, 1.0, made_run.BEGIN + i) for i in range(1, 5)]
+    rows[2] |= {"nonfinite_gradient": {"one": 0, "two": 3}, "nonfinite_theta": 2}
+    run = RunFolder(made_run.make(tmp_path / "a", rows))
+    said = [
+        "3 estimates of pairs were not finite and left out of the gradient (two 3).",
+        "2 entries of theta or of its gradient were not finite.",
+    ]
+    assert [str(line) for line in watch.notes(run)] == said
+    assert set(said) <= set(run_report.summary(run, "finished"))
 
 
 def test_a_line_of_dots_has_no_holes() -> None:

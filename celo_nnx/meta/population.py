@@ -91,12 +91,14 @@ class Part(NamedTuple):
       state: the group's next state.
       loss: mean meta-loss of each pair, ``[N]``.
       nonfinite: non-finite inner losses of each pair, ``[N]`` int32.
+      lost: 1 for every pair whose estimate was not finite and is not in the sum, ``[N]`` int32.
     """
 
     gradient: Array
     state: PyTree
     loss: Array
     nonfinite: Array
+    lost: Array
 
 
 class Population:
@@ -183,8 +185,8 @@ class Population:
         """Does ``step(group, theta, state, feed)`` for every group, over all devices.
 
         Returns:
-          (sum of the gradients ``[size of theta]``; next states; metrics ``loss``, ``family_loss`` and
-          ``nonfinite``).
+          (sum of the gradients ``[size of theta]``; next states; metrics ``loss``, ``family_loss``,
+          ``nonfinite`` and ``nonfinite_gradient``).
         """
 
         def local(
@@ -215,8 +217,8 @@ class Population:
         gradient, states, total = local(theta, states, pairs, data, (key, iteration))
         family_loss = total["loss"] / self.pairs
         loss = jnp.sum(family_loss * jnp.asarray(self.weights, jnp.float32))
-        metrics = {"loss": loss, "family_loss": family_loss, "nonfinite": total["nonfinite"]}
-        return gradient, states, metrics
+        counts = {name: total[name] for name in ("nonfinite", "nonfinite_gradient")}
+        return gradient, states, {"loss": loss, "family_loss": family_loss, **counts}
 
     def _together(self, group: Group, theta: PyTree, pairs: Pairs) -> int:
         """Returns how many of this device's pairs of a group train together; the chunks come in turn.
@@ -242,6 +244,7 @@ class Population:
             "gradient": part.gradient,
             "loss": jnp.sum(jnp.where(mine, part.loss, 0.0), 1),
             "nonfinite": jnp.sum(jnp.where(mine, part.nonfinite, 0), 1),
+            "nonfinite_gradient": jnp.sum(jnp.where(mine, part.lost, 0), 1),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from celo_nnx.errors import UserError
 
 Row = dict[str, Any]
 SCALARS = ("loss", "gradient_norm", "theta_norm", "update_norm")
+FAULTS = ("nonfinite", "nonfinite_gradient", "nonfinite_theta")
 
 
 def rows(
@@ -33,8 +35,9 @@ def rows(
       phase: name of the phase, where the run has phases.
 
     Returns:
-      Rows; a number that is not finite is None (JSON has no NaN); ``nonfinite`` counts the non-finite
-      inner losses by family.
+      Rows; a number that is not finite is None (JSON has no NaN). ``nonfinite`` counts the non-finite inner
+      losses by family; where there are any, ``nonfinite_gradient`` the pairs, by family, whose estimate was
+      left out of theta's gradient, and ``nonfinite_theta`` entries of theta and its gradient.
     """
     scalars = [name for name in SCALARS if name in metrics]
     result = []
@@ -43,6 +46,10 @@ def rows(
         row |= {name: finite(metrics[name][i]) for name in scalars}
         row["family_loss"] = dict(zip(families, map(finite, metrics["family_loss"][i]), strict=True))
         row["nonfinite"] = dict(zip(families, map(int, metrics["nonfinite"][i]), strict=True))
+        if any(lost := [int(x) for x in metrics.get("nonfinite_gradient", {i: ()})[i]]):
+            row["nonfinite_gradient"] = dict(zip(families, lost, strict=True))
+        if entries := int(metrics.get("nonfinite_theta", {i: 0})[i]):
+            row["nonfinite_theta"] = entries
         row["time"] = round(now, 3)
         result.append(row)
     return result
@@ -179,6 +186,43 @@ class RunLog:
         for sink in self._sinks:
             sink.close()
         self._file.close()
+
+
+class Counted:
+    """A log that counts what was not finite, over the whole run, on the way to another log.
+
+    Args:
+      log: gets the rows.
+      limit: how much is too much; 0 for nothing is, and then nothing is counted.
+      before: the rows of earlier starts.
+    """
+
+    def __init__(self, log: RunLog | Silent, limit: int, before: Iterable[Row]) -> None:
+        self._log, self._limit = log, limit
+        self._counts: collections.Counter[str] = collections.Counter()
+        self.sync, self.close = log.sync, log.close
+        self._count(before)
+
+    def write(self, new: Sequence[Row]) -> None:
+        """Counts and passes on."""
+        self._count(new)
+        self._log.write(new)
+
+    def _count(self, rows: Iterable[Row]) -> None:
+        for row in rows if self._limit else ():
+            for kind in FAULTS:
+                found = row.get(kind)
+                for name, count in found.items() if isinstance(found, dict) else [("theta", found)]:
+                    self._counts[name] += count if isinstance(count, int) and count > 0 else 0
+
+    def over(self) -> bool:
+        """Whether it is too much."""
+        return 0 < self._limit <= self._counts.total()
+
+    def __str__(self) -> str:
+        """How much there is, by family."""
+        found = ", ".join(f"{name} {count:,}" for name, count in self._counts.most_common(5) if count)
+        return f"{self._counts.total():,} numbers were not finite ({found})"
 
 
 class Silent:

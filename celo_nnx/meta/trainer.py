@@ -110,8 +110,8 @@ class MetaTrainer:
 
         Returns:
           (next state, metrics ``[iterations_per_dispatch, ...]`` of which the first ``n`` rows are valid).
-          Metrics are the estimator's and ``gradient_norm``, ``theta_norm``, ``update_norm``. Nothing waits
-          for the device.
+          Metrics are the estimator's and ``gradient_norm``, ``theta_norm``, ``update_norm``; entries of theta
+          itself count in ``nonfinite_theta`` too. Nothing waits for the device.
 
         Raises:
           UserError: unless ``0 <= n <= iterations_per_dispatch``.
@@ -186,6 +186,7 @@ class MetaTrainer:
             "gradient_norm": optax.tree.norm(gradient),
             "theta_norm": optax.tree.norm(theta),
             "update_norm": optax.tree.norm(updates),
+            "nonfinite_theta": metrics["nonfinite_theta"] + _nonfinite(theta),
         }
         state = {
             "theta": theta,
@@ -211,3 +212,8 @@ class MetaTrainer:
             )
 
         return lax.fori_loop(0, n, body, (state, rows))
+
+
+def _nonfinite(tree: PyTree) -> Array:
+    """How many numbers of a tree are not finite, int32."""
+    return sum((jnp.sum(~jnp.isfinite(x), dtype=jnp.int32) for x in jax.tree.leaves(tree)), jnp.int32(0))

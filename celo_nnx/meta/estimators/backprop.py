@@ -53,6 +53,6 @@ class TruncatedBackprop(Truncated):
         each, (problems, loss, bad) = jax.grad(objective, has_aux=True)(
             jnp.broadcast_to(flat, (count, flat.size))
         )
-        finite = jnp.all(jnp.isfinite(each), 1, keepdims=True)
-        gradient = jnp.sum(jnp.where(finite & self.learned, each, 0.0), 0)
-        return Part(gradient, problems, loss, bad)
+        finite = jnp.all(jnp.isfinite(each), 1)
+        gradient = jnp.sum(jnp.where(finite[:, None] & self.learned, each, 0.0), 0)
+        return Part(gradient, problems, loss, bad, (~finite).astype(jnp.int32))

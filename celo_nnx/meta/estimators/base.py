@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -120,12 +122,13 @@ class Estimator:
     ) -> tuple[PyTree, list[PyTree], dict[str, Array]]:
         """Estimates the gradient; see :class:`celo_nnx.interfaces.GradientEstimator`.
 
-        Non-finite entries of the gradient become 0.
+        Non-finite entries of the gradient become 0; ``nonfinite_theta`` counts them.
         """
         iteration = jnp.asarray(iteration, jnp.int32)
         gradient, state, metrics = self.population.each(
             self.group_step, theta, state, self.data, key, iteration
         )
+        metrics["nonfinite_theta"] = jnp.sum(~jnp.isfinite(gradient), dtype=jnp.int32)
         gradient = jnp.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         return unflatten(gradient, theta), state, metrics
 
@@ -196,6 +199,20 @@ class Perturbed(Estimator):
         if self.sign_delta:
             delta = jnp.where(mask, jnp.sign(jnp.sum(delta, 0)) * self.sign_delta, 0.0)
         return delta
+
+    def estimate(self, weight: Array, *terms: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Returns the weighted sum of the pairs' estimates, without those that are not finite.
+
+        Args:
+          weight: of the pairs, ``[N]``.
+          terms: differences of losses ``[N]``, and the perturbations that they are due to ``[N, size]``.
+
+        Returns:
+          (gradient ``[size]``, 1 for every pair that was left out and else 0 ``[N]`` int32).
+        """
+        finite = functools.reduce(operator.and_, (jnp.isfinite(delta) for delta, _ in terms))
+        sums = [(jnp.where(finite, delta, 0.0) * weight) @ v for delta, v in terms]
+        return self.gradient(functools.reduce(operator.add, sums)), (~finite).astype(jnp.int32)
 
     def gradient(self, directions: Array) -> Array:
         """Divides a weighted sum of ``(l+ - l-) v``, ``[size]``, by twice the variance of v."""

@@ -70,8 +70,8 @@ class FullES(Perturbed):
             final = losses_at_end(group.task, problems, source, end_keys, self.batches)
             loss = self.objective.rescale(final, problems.first[:, None])
         delta = self.delta(loss[None], jnp.ones((1, len(loss)), bool))[0]
-        gradient = self.gradient((delta * feed.pairs.weight) @ v)
-        return Part(gradient, (), jnp.mean(loss, 1), bad)
+        gradient, lost = self.estimate(feed.pairs.weight, (delta, v))
+        return Part(gradient, (), jnp.mean(loss, 1), bad, lost)
 
     def _train(
         self,

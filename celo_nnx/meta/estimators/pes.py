@@ -175,7 +175,7 @@ class PES(Perturbed, Truncated):
         )
         due = credit(self.delta(loss, counts), record.done, counts, self.finished_step, steps)
         total = state.accumulator + v
-        directions = (due.old * feed.pairs.weight) @ total + (due.new * feed.pairs.weight) @ v
+        gradient, lost = self.estimate(feed.pairs.weight, (due.old, total), (due.new, v))
         carried = scaled(due.keep_total, total) + scaled(due.keep_new, v)
         state = PESState(problems, carried)
-        return Part(self.gradient(directions), state, mean_loss(loss, counts), nonfinite(record))
+        return Part(gradient, state, mean_loss(loss, counts), nonfinite(record), lost)

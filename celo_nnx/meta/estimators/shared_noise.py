@@ -84,7 +84,7 @@ class SharedNoise(Perturbed, Truncated):
             group, self.antithetic(theta, v), state.problems, feed, unroll_keys, steps
         )
         due = credit(self.delta(loss, counts), record.done, counts, "exact", steps)
-        directions = (due.old * feed.pairs.weight) @ (seen + v) + (due.new * feed.pairs.weight) @ v
+        gradient, lost = self.estimate(feed.pairs.weight, (due.old, seen + v), (due.new, v))
         # A trajectory that began here has seen v and draws its own next; after an end with the last step
         # the next one has seen nothing.
         on = due.keep_total > 0
@@ -95,4 +95,4 @@ class SharedNoise(Perturbed, Truncated):
             scaled(due.keep_total, seen),
             age % self.reuse if self.reuse else age,
         )
-        return Part(self.gradient(directions), state, mean_loss(loss, counts), nonfinite(record))
+        return Part(gradient, state, mean_loss(loss, counts), nonfinite(record), lost)

@@ -48,5 +48,5 @@ class TruncatedES(Perturbed, Truncated):
             self.steps(feed.key, feed.iteration),
         )
         delta = jnp.sum(self.delta(loss, counts), 0) / jnp.maximum(jnp.sum(counts, 0), 1)
-        gradient = self.gradient((delta * feed.pairs.weight) @ v)
-        return Part(gradient, problems, mean_loss(loss, counts), nonfinite(record))
+        gradient, lost = self.estimate(feed.pairs.weight, (delta, v))
+        return Part(gradient, problems, mean_loss(loss, counts), nonfinite(record), lost)
