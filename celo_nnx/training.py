@@ -6,6 +6,7 @@ A run folder holds::
     run_info.json      each start: versions, devices; digests of the data
     checkpoints/N/     Orbax: the whole state after N meta-iterations
     metrics.jsonl      one line a meta-iteration
+    damaged/           checkpoints that could not be used when the run was resumed
     theta.safetensors  theta of the newest checkpoint, for use
     snapshots/         theta after every ``run.snapshots`` meta-iterations, where that is not 0
     lock               held by the one process that writes here
@@ -249,27 +250,17 @@ def _run(
     """Loads the newest checkpoint, does what is left, and saves; the folder is locked."""
     options, folder = settings["run"], run_dir / "checkpoints"
     root, total = _keys(settings["seed"])[1], min(options["iterations"], works.phases[-1].end)
-    phase = phase_at(works.phases, max(checkpoint.steps(folder), default=0))
-    trainer = works.enter(phase).trainer
     info = run_files.environment(devices) | {"data": works.data}
-    start = 0
     with processes.together(), run_files.disk_errors(run_dir):
-        # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
-        loaded = checkpoint.load(folder, jax.eval_shape(trainer.init, root))
-        run_files.note_start(run_dir, None, info)
-        if loaded is None and ((run_dir / FILE_NAME).exists() or run_files.has_rows(run_dir)):
-            raise UserError(
-                f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
-            )
-        if loaded is not None:
-            start, state, record = loaded
-            run_files.agree(settings, record.get("config", {}), f"checkpoint {folder / str(start)}")
-            run_files.same_data(works.data, record.get("data", {}))
-            run_files.tell_differences(record, info)
+        loaded = _load(settings, run_dir, works, root, info)
+    start = loaded.step if loaded else 0
 
     log: RunLog | Silent = Silent()
     with processes.together(), run_files.disk_errors(run_dir):
         if processes.is_first():
+            for step, reason in loaded.refused if loaded else ():
+                place = checkpoint.set_aside(folder, step)
+                print(f"note: {reason}; it is now {place}, the run goes on from {start}", file=sys.stderr)
             run_files.write_json(run_dir / "config.json", settings)
             log = RunLog(
                 run_dir,
@@ -303,8 +294,10 @@ def _run(
 
     with contextlib.closing(counted):
         begin = time.monotonic()
-        if loaded is None:
-            state = trainer.init(root)
+        if loaded is not None:
+            state = loaded.state
+        else:
+            state = works.enter(phase_at(works.phases, 0)).trainer.init(root)
             save(0, state)
         state, iteration, signum = _iterate(
             options, total, works, root, state, start, counted, save, stop_or_spoiled
@@ -320,6 +313,31 @@ def _run(
                 f"run.stop_after_non_finite = {limit}; a larger number, or 0 for never, goes on from here"
             )
     return TrainResult(run_dir, iteration, iteration >= total, signum, theta, seconds)
+
+
+def _load(
+    settings: dict[str, Any], run_dir: Path, works: Works, root: jax.Array, info: dict[str, Any]
+) -> checkpoint.Loaded | None:
+    """Reads the newest checkpoint that can be used, None at the start of a run; changes nothing."""
+    folder = run_dir / "checkpoints"
+
+    def like(step: int) -> PyTree:
+        # Shapes are enough to check a checkpoint against; a resumed run need not compile the first state.
+        return jax.eval_shape(works.enter(phase_at(works.phases, step)).trainer.init, root)
+
+    def check(step: int, record: dict[str, Any]) -> None:
+        run_files.agree(settings, record.get("config", {}), f"checkpoint {folder / str(step)}")
+        run_files.same_data(works.data, record.get("data", {}))
+
+    loaded = checkpoint.load(folder, like, check)
+    run_files.note_start(run_dir, None, info)
+    if loaded is not None:
+        run_files.tell_differences(loaded.record, info)
+    elif (run_dir / FILE_NAME).exists() or run_files.has_rows(run_dir):
+        raise UserError(
+            f"{run_dir} has results but no checkpoint in {folder}; bring it back or use a new --run-dir"
+        )
+    return loaded
 
 
 def learned(state: Mapping[str, PyTree]) -> PyTree:

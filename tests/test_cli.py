@@ -110,9 +110,9 @@ def test_run_folder_in_use_and_foreign(capsys: pytest.CaptureFixture[str], tmp_p
         with lock.hold(tmp_path / "a"):
             assert "is in use by pid" in fails(capsys, *argv, str(tmp_path / "a"))
         assert "seed = 3 here, 0 there" in fails(capsys, *argv, str(tmp_path / "a"), "seed=3")
-        manifest = tmp_path / "a" / "checkpoints" / "2" / "state" / "manifest.ocdbt"
-        manifest.write_bytes(b"")
-        assert "cannot be read" in fails(capsys, *argv, str(tmp_path / "a"))
+        for step in ("0", "2"):
+            (tmp_path / "a" / "checkpoints" / step / "state" / "manifest.ocdbt").write_bytes(b"")
+        assert "manifest.ocdbt is damaged" in fails(capsys, *argv, str(tmp_path / "a"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "note").write_text("mine")
     assert "not a run directory: it holds 'note'" in fails(capsys, *argv, str(tmp_path / "b"))

@@ -1,7 +1,8 @@
 """Checkpoints of a meta-training run: Orbax for the arrays and the commit, an own digest for the trust.
 
 Orbax keeps no checksum of its array files, so each step carries a SHA-256 over every leaf (path, dtype,
-shape, bytes) and over the record beside them. The state is stored flat, ``{path: numpy array}``: names,
+shape, bytes) and over the record beside them, and a manifest (:mod:`celo_nnx.meta.manifest`) that names the
+file which is damaged. The state is stored flat, ``{path: numpy array}``: names,
 shapes and dtypes can then be compared before a byte of array data is read, and optax's named tuples come
 back as what they were, because the tree is the running program's, never the file's.
 """
@@ -9,15 +10,17 @@ back as what they were, because the tree is the running program's, never the fil
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
+import itertools
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,9 +28,26 @@ import numpy as np
 from celo_nnx import processes
 from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Family
+from celo_nnx.meta import manifest
 
 FORMAT = "celo_nnx.run/1"
 Record = dict[str, Any]
+
+
+class Loaded(NamedTuple):
+    """A step that was read.
+
+    Attributes:
+      step: meta-iterations done.
+      state: numpy arrays and typed keys.
+      record: what was kept beside them.
+      refused: newer steps that cannot be used, newest first, and why.
+    """
+
+    step: int
+    state: Any
+    record: Record
+    refused: tuple[tuple[int, str], ...]
 
 
 def _is_key(leaf: Any) -> bool:
@@ -113,6 +133,8 @@ def save(directory: Path, step: int, state: Any, record: Record, keep: int = 2) 
         # An array without elements cannot be written; it has nothing to restore but its shape.
         stored = {k: v for k, v in arrays.items() if v.size}
         checkpointer.save_checkpointables(step, {"state": stored}, custom_metadata=metadata)
+    if processes.is_first():
+        manifest.write(directory / str(step))
 
 
 def steps(directory: Path) -> list[int]:
@@ -122,43 +144,46 @@ def steps(directory: Path) -> list[int]:
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
 
 
-def load(directory: Path, like: Any) -> tuple[int, Any, Record] | None:
-    """Reads the newest step, checked leaf by leaf and against its digest.
+def load(
+    directory: Path, like: Callable[[int], Any], check: Callable[[int, Record], None] = lambda *_: None
+) -> Loaded | None:
+    """Reads the newest step that is intact, checked file by file, leaf by leaf and against its digest.
 
     Args:
       directory: the folder of all steps.
-      like: a state, or its shapes, with the tree, shapes and dtypes that are wanted.
+      like: gives for a step a state, or its shapes, with the tree, shapes and dtypes that are wanted.
+      check: raises a UserError for a step with a record of something else.
 
     Returns:
-      (step, state as numpy arrays and typed keys, record), or None where there is no step.
+      The step, None where there is none. Nothing is changed: see :func:`set_aside` for the refused ones.
 
     Raises:
-      UserError: the newest step is not intact or not of this program. Nothing is changed: going back to
-        an older step loses work, so the user decides, and is told how.
+      UserError: no step can be used; says why of the newest.
     """
-    found = steps(directory)
-    if not found:
+    refused: list[tuple[int, str]] = []
+    for step in reversed(steps(directory)):
+        try:
+            state, record = load_step(directory, step, like(step))
+            check(step, record)
+        except UserError as error:
+            refused.append((step, str(error)))
+            continue
+        return Loaded(step, state, record, tuple(refused))
+    if not refused:
         return None
-    try:
-        state, record = load_step(directory, found[-1], like)
-    except UserError as error:
-        older = next((s for s in reversed(found[:-1]) if _intact(directory, s, like)), None)
-        bad = directory / str(found[-1])
-        way = (
-            f"remove {bad} to go on from step {older}, which is intact"
-            if older is not None
-            else "no older step can be used: start a new run folder"
-        )
-        raise UserError(f"{error}; nothing was changed; {way}") from error
-    return found[-1], state, record
+    raise UserError(
+        f"{refused[0][1]}; nothing was changed; no older step can be used: start a new run folder"
+    )
 
 
-def _intact(directory: Path, step: int, like: Any) -> bool:
-    try:
-        load_step(directory, step, like)
-    except UserError:
-        return False
-    return True
+def set_aside(directory: Path, step: int) -> Path:
+    """Moves a step into the folder ``damaged`` beside the folder of all steps; returns where it is now."""
+    place = directory.parent / "damaged"
+    place.mkdir(exist_ok=True)
+    names = (f"{step}.{i}" if i else f"{step}" for i in itertools.count())
+    new = next(path for name in names if not (path := place / name).exists())
+    (directory / str(step)).rename(new)
+    return new
 
 
 def load_step(directory: Path, step: int, like: Any) -> tuple[Any, Record]:
@@ -171,6 +196,10 @@ def load_step(directory: Path, step: int, like: Any) -> tuple[Any, Record]:
       UserError: truncated, altered, foreign, or of another tree, shape or dtype.
     """
     path = directory / str(step)
+    try:
+        manifest.check(path)
+    except UserError as error:
+        raise UserError(f"checkpoint {path} cannot be used: {error}") from error
     record, expected = _metadata(path, flatten(like))
     from orbax.checkpoint import v1 as ocp
 
@@ -252,23 +281,41 @@ def _alone() -> Any:
 def _quiet() -> Iterator[None]:
     """Keeps what Orbax prints about a damaged file off the terminal: the raised error says it in one line.
 
-    When one array cannot be read, Orbax closes its event loop while the reads of the others are under way;
-    each of those then reports "Event loop is closed" through the unraisable hook, a moment later.
+    When one array cannot be read, Orbax closes its event loop while the reads of the others are under way.
+    Each of those reports "Event loop is closed" through the unraisable hook, at any time later, so the hook
+    stays; and asyncio logs their errors when they are collected as garbage.
     """
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
-
-    def swallow(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            hook(unraisable)
-
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = swallow
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _Swallow):
+        sys.unraisablehook = _Swallow(sys.unraisablehook)
     try:
         yield
-    except Exception:
+    except Exception as error:
+        _forget(error)
         time.sleep(0.1)
+        gc.collect()
         raise
     finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _forget(error: BaseException | None) -> None:
+    """Drops the frames of an error and its causes, which hold what failed from being collected."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+class _Swallow:
+    """An unraisable hook that passes on all but what a closed event loop leaves behind."""
+
+    def __init__(self, hook: Callable[[Any], Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self._hook(unraisable)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import damage
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,7 @@ import optax
 import pytest
 
 from celo_nnx.errors import UserError
-from celo_nnx.meta import checkpoint
+from celo_nnx.meta import checkpoint, manifest
 
 
 def make_state(seed: int = 0, width: int = 4) -> dict:
@@ -38,6 +41,10 @@ def tree_bytes(folder: Path) -> dict[str, str]:
     }
 
 
+def like(step: int) -> dict:
+    return make_state()
+
+
 RECORD = {"config": {"seed": 0}, "versions": {"jax": "x"}}
 
 
@@ -50,8 +57,8 @@ def saved(tmp_path: Path) -> Path:
 
 def test_round_trip_is_exact_and_keeps_the_newest(saved: Path) -> None:
     assert checkpoint.steps(saved) == [2, 3]
-    step, state, record = checkpoint.load(saved, make_state())
-    assert step == 3 and record == RECORD
+    step, state, record, refused = checkpoint.load(saved, like)
+    assert step == 3 and record == RECORD and not refused
     assert jax.tree.structure(state) == jax.tree.structure(make_state())
     want, got = checkpoint.to_host(make_state(3)), checkpoint.to_host(state)
     for name in want:
@@ -63,63 +70,84 @@ def test_round_trip_is_exact_and_keeps_the_newest(saved: Path) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
-    assert checkpoint.load(tmp_path / "none", make_state()) is None
+    assert checkpoint.load(tmp_path / "none", like) is None
 
 
 def _refused(folder: Path, match: str, like: dict | None = None) -> str:
+    """Neither step can be used; the newest one's reason is told."""
     before = tree_bytes(folder)
     with pytest.raises(UserError, match=match) as caught:
-        checkpoint.load(folder, like or make_state())
-    assert "\n" not in str(caught.value)
+        checkpoint.load(folder, lambda _: like or make_state())
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("start a new run folder")
     assert tree_bytes(folder) == before
     return str(caught.value)
 
 
-def _data_files(step: Path) -> list[Path]:
-    return sorted(p for p in step.rglob("*") if p.is_file() and p.parent.name == "d")
+def _goes_back(folder: Path, match: str, **options: Any) -> None:
+    """The newest step is refused and the one before is read; nothing is changed."""
+    before = tree_bytes(folder)
+    step, state, record, ((refused, reason),) = checkpoint.load(folder, like, **options)
+    assert (step, refused) == (2, 3) and re.search(match, reason) and "\n" not in reason
+    assert damage.bits(state) == damage.bits(make_state(2)) and record == RECORD
+    assert tree_bytes(folder) == before
 
 
-def _refused_or_exact(folder: Path) -> bool:
-    """A damaged byte is told, or no reader looks at it and what was read is exact."""
-    try:
-        _, state, record = checkpoint.load(folder, make_state())
-    except UserError as error:
-        assert "to go on from step 2, which is intact" in str(error) and "\n" not in str(error)
-        return True
-    want = checkpoint.to_host(make_state(3))
-    assert checkpoint.digest(checkpoint.to_host(state), record) == checkpoint.digest(want, RECORD)
-    return False
-
-
-def test_every_flipped_bit_is_found(saved: Path) -> None:
-    rng = np.random.default_rng(0)
-    refused = 0
-    for file in _data_files(saved / "3"):
-        whole = file.read_bytes()
-        for place in rng.integers(0, len(whole), 3):
-            broken = bytearray(whole)
-            broken[place] ^= 1 << int(rng.integers(8))
-            file.write_bytes(broken)
-            refused += _refused_or_exact(saved)
-        file.write_bytes(whole)
-    assert refused
-    assert checkpoint.load(saved, make_state())[0] == 3
-
-
-def test_truncated(saved: Path) -> None:
-    refused = []
-    for file in sorted(p for p in (saved / "3").rglob("*") if p.is_file() and p.stat().st_size):
-        whole = file.read_bytes()
-        file.write_bytes(whole[: len(whole) // 2])
-        if _refused_or_exact(saved):
-            refused.append(str(file.relative_to(saved / "3")))
-        file.write_bytes(whole)
-    assert {"_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt"} <= set(refused)
+@pytest.mark.parametrize("named", [True, False], ids=["manifest", "no manifest"])
+def test_damaged_files_are_refused_or_harmless(saved: Path, named: bool) -> None:
+    """The full sweep is tests/drills/test_damage.py."""
+    counts = damage.sweep(saved, like, cuts=[0, 9] if named else [9], flips=1, named=named)
+    assert counts["wrong"] == 0 and counts["refused"] >= 5
+    if named:
+        assert counts["equal"] == 0 and counts["named"] == counts["refused"]
 
 
 def test_a_missing_file(saved: Path) -> None:
     (saved / "3" / "_CHECKPOINT_METADATA").unlink()
-    _refused(saved, "checkpoint .*3 (cannot be read|is not one of)")
+    _goes_back(saved, "3/_CHECKPOINT_METADATA is missing")
+    (saved / "3" / manifest.FILE_NAME).unlink()
+    _goes_back(saved, "checkpoint .*3 (cannot be read|is not one of)")
+
+
+def test_steps_without_a_manifest_and_with_files_of_others(saved: Path) -> None:
+    (saved / "3" / "state" / ".DS_Store").write_bytes(b"of a file manager")
+    assert checkpoint.load(saved, like).step == 3
+    (saved / "3" / manifest.FILE_NAME).unlink()
+    assert checkpoint.load(saved, like).step == 3
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": {"a": 1}, "digest": "0"}', "[" * 10_000])
+def test_a_manifest_of_something_else(saved: Path, text: str) -> None:
+    (saved / "3" / manifest.FILE_NAME).write_text(text)
+    _goes_back(saved, "3/files.json is (damaged|not readable JSON)")
+
+
+def test_checkpoints_of_another_config_and_version(saved: Path, tmp_path: Path) -> None:
+    def agrees(step: int, record: dict) -> None:
+        if record["config"] != RECORD["config"]:
+            raise UserError(f"step {step} has another config")
+
+    checkpoint.save(tmp_path / "other", 3, make_state(3), RECORD | {"config": {"seed": 1}})
+    checkpoint.save(tmp_path / "newer", 3, make_state(3), RECORD | {"versions": {"jax": "y"}})
+    shutil.rmtree(saved / "3")
+    shutil.copytree(tmp_path / "other" / "3", saved / "3")
+    _goes_back(saved, "another config", check=agrees)
+    shutil.rmtree(saved / "3")
+    shutil.copytree(tmp_path / "newer" / "3", saved / "3")
+    loaded = checkpoint.load(saved, like, agrees)
+    assert loaded.step == 3 and damage.bits(loaded.state) == damage.bits(make_state(3))
+
+
+def test_a_format_of_another_version(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(saved / "3")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", "celo_nnx.run/2")
+        checkpoint.save(saved, 3, make_state(3), RECORD)
+    _goes_back(saved, "not one of celo-nnx .no 'celo_nnx.run/1' record")
+
+
+def test_set_aside(saved: Path) -> None:
+    assert checkpoint.set_aside(saved, 3) == saved.parent / "damaged" / "3"
+    assert checkpoint.steps(saved) == [2] and checkpoint.load(saved, like).step == 2
 
 
 def test_empty_step_folder_and_no_intact_one(saved: Path) -> None:
@@ -134,7 +162,9 @@ def test_altered_record(saved: Path) -> None:
     content = json.loads(file.read_text())
     content["custom_metadata"]["record"]["config"]["seed"] = 1
     file.write_text(json.dumps(content))
-    _refused(saved, "damaged: its contents do not match its digest")
+    _goes_back(saved, "_CHECKPOINT_METADATA is damaged: its SHA-256")
+    (saved / "3" / manifest.FILE_NAME).unlink()
+    _goes_back(saved, "damaged: its contents do not match its digest")
 
 
 def test_foreign(tmp_path: Path) -> None:
