@@ -1,7 +1,8 @@
 """The command ``celo-nnx``: arguments in, one function call, lines out.
 
 Exit codes: 0 done (a run that was asked to stop and has saved is done too), 1 a replay is not within its
-tolerance or cells of a grid have failed, 2 a mistake of the user, told in one line, 130 interrupted.
+tolerance, cells of a grid have failed or the doctor has found a fault, 2 a mistake of the user, or a run that
+has stopped itself (run.stop_after_non_finite), told in one line, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -219,6 +220,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--command", dest="made_by", default="", metavar="TEXT", help="what made the run")
     sub.add_argument("--about", default="", metavar="TEXT", help="a line for celo-nnx list weights")
     sub.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+
+    command(
+        "doctor",
+        commands.doctor,
+        "check versions, devices, memory, folders and the hub, replay a recorded trajectory, write and read "
+        "a checkpoint; lines for a bug report, exit code 1 if something that is needed fails",
+        "doctor",
+        "doctor > doctor.txt",
+    )
 
     grid_commands.add(verbs, command)
 

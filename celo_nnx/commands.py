@@ -234,6 +234,12 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def doctor(args: argparse.Namespace) -> int:
+    from celo_nnx.doctor import main
+
+    return main()
+
+
 def verify(args: argparse.Namespace) -> int:
     from celo_nnx.verify import verify
 

@@ -58,6 +58,7 @@ ALLOWED = {
         "weights",
     },
     "series": set(),
+    "doctor": {"errors", "devices", "meta", "replay"},
     "lock": {"errors"},
     "run_folder": LEAVES | {"lock", "meta"},
     "watch": LEAVES | {"meta", "run_folder", "series"},
