@@ -24,7 +24,7 @@ from celo_nnx.evaluation import plots, scores, suite_csv, suite_plots
 from celo_nnx.evaluation.aggregates import Estimate, aggregate
 from celo_nnx.evaluation.results import ADAM, Results, load_results
 from celo_nnx.evaluation.standings import Standing, standings
-from celo_nnx.files import told
+from celo_nnx.files import parse_json, told
 from celo_nnx.meta.checkpoint import digest, flatten
 from celo_nnx.run_files import agree
 from celo_nnx.run_folder import RunFolder
@@ -71,7 +71,8 @@ def write_card(
     name = out.absolute().name
     path = Path(theta) if theta is not None else run.path / FILE_NAME
     found, header = load_theta(path), read_metadata(path)
-    agree(run.config, json.loads(header.get("config", "{}")), f"the theta {path}")
+    config = parse_json(header.get("config", "{}"), f"the config in the header of {path}")
+    agree(run.config, config, f"the theta {path}")
     chosen, judged = load_results(selection), load_results(evaluation)
     of_theta = digest(flatten(found), {})
     label, tested = _label(chosen, of_theta), _label(judged, of_theta)
@@ -114,7 +115,7 @@ def write_card(
             "optimizers": [_scores(standing) for standing in standings(judged)],
             "at_recommended_rate": at_rate(judged, tested, rate),
         },
-        "config": json.loads(header["config"]),
+        "config": config,
     }
     record: Files = {
         f"{name}.json": json.dumps(card, indent=1) + "\n",

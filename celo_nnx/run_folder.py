@@ -16,9 +16,8 @@ import numpy as np
 from celo_nnx import lock
 from celo_nnx.errors import UserError, printable
 from celo_nnx.files import read_json
-from celo_nnx.meta.runlog import SCALARS, parse
+from celo_nnx.meta.runlog import LONGEST, SCALARS, parse
 
-LONGEST = 2**20  # bytes of a line of metrics.jsonl
 FAMILIES = 256  # the most task families that are told apart
 RECENT = 60.0  # seconds; where a file system has no locks, a run that wrote since then is taken to be alive
 MARKS = 21  # reports that the speed is measured over

@@ -93,7 +93,7 @@ def test_what_fails_is_counted(capsys: pytest.CaptureFixture[str], monkeypatch: 
     out = capsys.readouterr().out.splitlines()
     assert out[1:] == [
         "ok    devices      so far",
-        "FAIL  devices RuntimeError: no backend",
+        "FAIL  devices      RuntimeError: no backend",
         "1 ok, 0 warn, 1 FAIL",
     ]
 

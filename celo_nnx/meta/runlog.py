@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from celo_nnx.errors import UserError
+from celo_nnx.errors import UserError, is_integer
 
 Row = dict[str, Any]
+LONGEST = 2**20  # bytes of a line of metrics.jsonl
 SCALARS = ("loss", "gradient_norm", "theta_norm", "update_norm")
 FAULTS = ("nonfinite", "nonfinite_gradient", "nonfinite_theta")
 
@@ -83,7 +84,7 @@ def read(path: Path, last: int | None = None) -> list[Row]:
         return []
     result = []
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        while line := file.readline(LONGEST):
             row = parse(line)
             if row is None or (last is not None and row["iteration"] > last):
                 break
@@ -99,7 +100,7 @@ def parse(line: str) -> Row | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("iteration"), int) else None
+    return row if isinstance(row, dict) and is_integer(row.get("iteration")) else None
 
 
 def trim(path: Path, last: int) -> int:
@@ -112,7 +113,7 @@ def trim(path: Path, last: int) -> int:
         return 0
     kept = end = 0
     with open(path, "rb+") as file:
-        for raw in file:
+        while raw := file.readline(LONGEST):
             row = parse(raw.decode("utf-8", "replace"))
             if row is None or row["iteration"] > last:
                 break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from celo_nnx import theta_io
 from celo_nnx.errors import UserError, unknown
-from celo_nnx.files import refuse_existing, told, write_new
+from celo_nnx.files import parse_json, refuse_existing, told, write_new
 from celo_nnx.meta.checkpoint import canonical
 from celo_nnx.pretrained import files, hub, layouts, messagepack, pylo
 
@@ -266,9 +265,9 @@ def export_weights(
 
 def _pylo(layout: str, published: Any, groups: list[str], header: Mapping[str, str]) -> bytes:
     try:
-        config = json.loads(header.get("config", "{}"))
+        config = parse_json(header.get("config", "{}"), "header 'config'")
         activation = config.get("optimizer", {}).get("update_rule", {}).get("activation", "relu")
-    except (ValueError, AttributeError):
+    except AttributeError:
         raise UserError("header 'config': expected a JSON object with a section 'optimizer'") from None
     arrays, metadata = pylo.to_pylo(layout, published, groups=groups, activation=str(activation))
     return files.safetensors_bytes(arrays, metadata)

@@ -6,19 +6,17 @@ Nothing in a recording is evaluated, and only files of its own folder are opened
 from __future__ import annotations
 
 import dataclasses
-import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, unknown
+from celo_nnx.files import read_json, read_npz
 from celo_nnx.recordings.checks import number
 
 KINDS = ("optimizer_trajectory", "inner_unroll", "pes_estimate", "normalizer", "image_pipeline")
-LARGEST = 2**31  # bytes of arrays in one file; a recording has a few hundred kilobytes
+LARGEST = 2**28  # bytes of arrays in one file; a recording has a few hundred kilobytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,35 +80,20 @@ def read(path: str | Path) -> Recording:
     meta = _read_json(header)
     if meta.get("kind") not in KINDS:
         raise unknown(f"kind in {header}:", meta.get("kind"), KINDS)
-    return Recording(text, meta, read_npz(stem.with_name(stem.name + ".npz")), stem.parent)
+    return Recording(text, meta, read_arrays(stem.with_name(stem.name + ".npz")), stem.parent)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: a recording is NAME.json with NAME.npz beside it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON: {_line(error)}") from None
+    meta = read_json(path)
+    if meta is None:
+        raise UserError(f"no file {path}: a recording is NAME.json with NAME.npz beside it")
     if not isinstance(meta, dict):
         raise UserError(f"{path} is not a JSON object")
     return meta
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with zipfile.ZipFile(path) as members:
-            size = sum(member.file_size for member in members.infolist())
-        require(size <= LARGEST, f"size of the arrays in {path}", size, f"at most {LARGEST} bytes")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: a recording is NAME.json with NAME.npz beside it") from None
-    except (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError) as error:
-        raise UserError(f"{path} is not a readable npz of plain arrays: {_line(error)}") from None
-    except (zipfile.BadZipFile, zlib.error, SyntaxError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or not an npz: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an npz file of a recording."""
+    if not path.exists():
+        raise UserError(f"no file {path}: a recording is NAME.json with NAME.npz beside it")
+    return read_npz(path, LARGEST)

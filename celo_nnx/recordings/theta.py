@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from celo_nnx.errors import UserError, require
-from celo_nnx.recordings.files import Recording, read_npz
+from celo_nnx.recordings.files import Recording, read_arrays
 from celo_nnx.recordings.spec import Spec
 
 PREFIX = "theta/"
@@ -28,7 +28,7 @@ def theta(recording: Recording, rule: Spec) -> dict[str, Any]:
         plain = re.fullmatch(r"[\w.+-]+\.npz", source) and source not in (".npz", "..npz")
         require(bool(plain), f"{recording.file}: theta_from", source, "a plain NAME.npz of the same folder")
         recording = dataclasses.replace(
-            recording, file=str(recording.folder / source), arrays=read_npz(recording.folder / source)
+            recording, file=str(recording.folder / source), arrays=read_arrays(recording.folder / source)
         )
     wanted = theta_arrays(rule)
     for key in sorted(key for key in recording.arrays if key.startswith(PREFIX)):

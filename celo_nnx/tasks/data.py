@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from celo_nnx.errors import MissingData, UserError, require, unknown
+from celo_nnx.files import read_npz
 from celo_nnx.tasks import hub, npz
 from celo_nnx.tasks.images import prepare
 
@@ -236,10 +237,10 @@ def _cache_dir() -> Path:
 def _cache_read(path: Path, keys: Iterable[str]) -> Raw | None:
     """Returns the cached arrays, or None where there are none or their digest does not agree."""
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in keys}
-            good = file["digest"].shape == () and str(file["digest"]) == digest(arrays)
-    except (*npz.BROKEN, KeyError, TypeError):  # TypeError: the bytes are a bare .npy
+        file = read_npz(path, 2 * npz.LIMIT_BYTES)
+        arrays = {key: file[key] for key in keys}
+        good = file["digest"].shape == () and str(file["digest"]) == digest(arrays)
+    except (UserError, KeyError):
         return None
     return arrays if good else None
 
