@@ -31,6 +31,7 @@ Who imports whom (an arrow points at what is imported; ``tests/test_layout.py`` 
     grids -> training, evaluation, config: cells as folders, processes that work through them
     grid_commands -> compiled: programs that outlive a cell's process, in the user's cache
     theta_io, drop_in, evaluation -> weights: those of the package, by name; cards, verify -> what made them
+    doctor -> replay, meta's checkpoints, devices
     experiments -> config helpers only: a variant is data
     optimizer, transform -> sharding: which share of a tensor a device updates
 
