@@ -28,6 +28,7 @@ Who imports whom (an arrow points at what is imported; ``tests/test_layout.py`` 
     evaluation -> tasks, optimizer     components, optimizer, meta, tasks -> interfaces
     pretrained -> build, meta's digest     description, diagram, dead, model_file -> build, optimizer
     watch, run_report -> run_folder, series (watch needs no JAX); run_report also -> training, description
+    explain -> evaluation, tasks, optimizer: what a rule does, recorded, varied, drawn
     grids -> training, evaluation, config: cells as folders, processes that work through them
     grid_commands -> compiled: programs that outlive a cell's process, in the user's cache
     theta_io, drop_in, evaluation -> weights: those of the package, by name; cards, verify -> what made them
@@ -52,14 +53,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from celo_nnx.views import Controls, RunView, TensorSpec, TensorView
+from celo_nnx.views import Controls, Look, RunView, TensorSpec, TensorView
 
 Array = jax.Array
 PyTree = Any
 
 OUTPUT = "output"  # names a rolling output normalization's average among the accumulators' states
 
-__all__ = ["Controls", "RunView", "TensorSpec", "TensorView"]
+__all__ = ["Controls", "Look", "RunView", "TensorSpec", "TensorView"]
 
 
 class MetaParam(nnx.Param):

@@ -24,6 +24,7 @@ from celo_nnx.interfaces import (
     Accumulator,
     Controls,
     Feature,
+    Look,
     Normalization,
     Orthogonalization,
     RunView,
@@ -108,6 +109,17 @@ class TensorKernel:
         """Returns an orthogonalized step normalized and finished, and its next average where one is kept."""
         scale, average = self._output_scale(step, spec, average)
         return self.step.finish(step * scale, stats), average
+
+    def look(
+        self, spec: TensorSpec, grad: Array, param: Array, state: dict[str, PyTree], number: Array | int
+    ) -> Look:
+        """Returns what the update rule is given of a tensor; arguments as in :meth:`whole`."""
+        grad, controls = self._clip(grad), self.controls.of(number)
+        view = (param, grad, self.accumulate(spec, grad, state, number, controls)[1])
+        axes = self.normalization.axes(spec)
+        squares = block_mean_squares(lambda t: self._flat(spec, t), view, spec.shape, axes)
+        context = self._context(spec, controls, lambda: TensorView(*view, spec))
+        return Look(self._groups(spec, view), self.normalization.scale(squares), context, controls, spec)
 
     def accumulate(
         self,
@@ -355,13 +367,18 @@ class TensorKernel:
         tensor: Callable[[], TensorView],
     ) -> dict[str, Array]:
         """Returns what the update rule shares over the tensor."""
+        context, scale = self._context(spec, controls, tensor), self.normalization.scale(squares)
+        return self.update_rule.prepare(groups, scale, context, controls)
+
+    def _context(
+        self, spec: TensorSpec, controls: Controls, tensor: Callable[[], TensorView]
+    ) -> dict[str, Array]:
+        """Returns the numbers of each context group."""
         shown = {} if controls.context is None else {"controls": controls.context}
         view = dataclasses.replace(self.run, shown=shown, spec=spec)
         if any(feature.looks for feature in self.context.values()):
             view = dataclasses.replace(view, tensor=tensor())
-        context = {name: feature.values(view) for name, feature in self.context.items()}
-        scale = self.normalization.scale(squares)
-        return self.update_rule.prepare(groups, scale, context, controls)
+        return {name: feature.values(view) for name, feature in self.context.items()}
 
     def _fenced_rule(
         self, spec: TensorSpec, view: Any, prepared: PyTree, shape: tuple[int, ...], factor: Array | None

@@ -21,6 +21,7 @@ from celo_nnx.interfaces import (
     Clip,
     Controls,
     Feature,
+    Look,
     MetaParam,
     Normalization,
     Orthogonalization,
@@ -411,6 +412,33 @@ class LearnedOptimizer(nnx.Module):
         new["count"] = optax.safe_increment(state["count"])
         new = self._placed(new, groups, params)
         return jax.tree.unflatten(jax.tree.structure(params), updates), new
+
+    def look(
+        self, grads: PyTree, state: dict[str, PyTree], params: PyTree, *, value: Array | float = 0.0
+    ) -> dict[str, Look]:
+        """Returns what the update rule would be given at an update, by path of the learned tensors.
+
+        Args:
+          grads, state, params, value: as in :meth:`update`.
+
+        Example:
+          >>> from celo_nnx import load_optimizer
+          >>> optimizer, params = load_optimizer("celo2"), {"w": jnp.ones((8, 4))}
+          >>> look = optimizer.look(params, optimizer.init(params), params)["w"]
+          >>> len(look.planes["momentum"]), look.scale.shape
+          (3, (30, 1, 1))
+        """
+        grad_of, groups = dict(tensor_paths(grads)), self._groups(params, self._routes(params))
+        pairs = {path: (grad_of[path], param) for path, param in tensor_paths(params)}
+        kernel = self._decide(groups, pairs, state, dict(state), jnp.asarray(value, jnp.float32))
+        out: dict[str, Look] = {}
+        for name, specs in groups.items():
+            for i, spec in enumerate(specs):
+                grad, param = (spec.enter(x).astype(jnp.float32) for x in pairs[spec.path])
+                own = state["learned"][name]
+                own = jax.tree.map(lambda x, i=i: x[i], own) if len(specs) > 1 else own
+                out[spec.path] = kernel.look(spec, grad, param, own, len(out))
+        return out
 
     def _decide(
         self,

@@ -157,3 +157,22 @@ class Controls:
     def of(self, number: Array | int) -> Controls:
         """Returns the controls of one tensor, without the leading axis."""
         return jax.tree.map(lambda x: x[0] if x.shape[0] == 1 else x[number], self)
+
+
+@struct.dataclass
+class Look:
+    """What an update rule is given of one tensor at one update.
+
+    Attributes:
+      planes: by feature group, in order; raw, each broadcasting to ``[*S]``.
+      scale: the normalization's factor of each plane, ``[planes, *b]``, ``b`` broadcasting to ``S``.
+      context: numbers by context group.
+      controls: of this tensor.
+      spec: the tensor's description; static.
+    """
+
+    planes: dict[str, list[Array]]
+    scale: Array
+    context: dict[str, Array]
+    controls: Controls
+    spec: TensorSpec = struct.field(pytree_node=False)
