@@ -230,6 +230,24 @@ def _parser() -> argparse.ArgumentParser:
         "doctor > doctor.txt",
     )
 
+    sub = command(
+        "explain",
+        commands.explain,
+        "what a learned rule does, as an HTML page and a CSV: its step along each feature, first-layer "
+        "weights, against momentum, Adam and sign, and without each feature; about a minute",
+        "explain celo2",
+        "explain runs/a --out a.html",
+        "explain celo2=hand_made --steps 100",
+    )
+    text = "weights (celo-nnx list weights), a theta file or a run folder; with VARIANT= whose theta it is"
+    sub.add_argument("weights", metavar="[VARIANT=]WEIGHTS", help=text)
+    text = "updates of the recorded training of a small network on digits (default 60)"
+    sub.add_argument("--steps", type=int, default=60, metavar="N", help=text)
+    text = "of that training (default: the weights' card, else the optimizer's schedule)"
+    sub.add_argument("--learning-rate", type=float, metavar="X", help=text)
+    text = "a new .html file (default explain-NAME.html, or explain.html in the run folder; renewed)"
+    sub.add_argument("--out", metavar="FILE", help=text)
+
     grid_commands.add(verbs, command)
 
     bench = verbs.add_parser(

@@ -256,3 +256,11 @@ def card(args: argparse.Namespace) -> int:
     row = {"folder": args.out, "name": made["name"], "digest": made["digest"]}
     print(json.dumps(row | made["learning_rate"] | made["evaluation"]["at_recommended_rate"]))
     return 0
+
+
+def explain(args: argparse.Namespace) -> int:
+    from celo_nnx.explain.page import explain
+
+    options = dict(steps=args.steps, learning_rate=args.learning_rate)
+    print(f"explained: {explain(args.weights, args.out, **options)}")
+    return 0

@@ -89,6 +89,8 @@ ALLOWED = {
         "theta_io",
         "training",
     },
+    "explain": LEAVES
+    | {"build", "config", "description", "evaluation", "optimizer", "tasks", "tensors", "weights"},
     "cards": LEAVES | {"evaluation", "meta", "run_files", "run_folder", "run_report", "theta_io", "weights"},
     "verify": LEAVES | {"devices", "meta", "run_folder", "theta_io", "training", "weights"},
     "phases": LEAVES | {"config"},

@@ -159,7 +159,7 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
             parts = load(name).optimizer.to_dict()
             own = str(theta_file(name)) if name in shipped() else HAND_MADE
             for path in thetas.get(name, [own]):
-                label = name if path == own else f"{name}@{_stem(path)}"
+                label = name if path == own else f"{name}@{stem(path)}"
                 found.append(learned(label, parts, None if path == HAND_MADE else path))
         else:
             found.append(_from_path(name))
@@ -173,11 +173,11 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
 def _from_path(name: str) -> Contender:
     """Returns the optimizer of ``[LABEL=]PATH``."""
     label, _, path = name.rpartition("=")
-    if not _is_path(path):
+    if not is_path(path):
         raise unknown("optimizer", name, [*BASELINES, *_variants()])
     if label in BASELINES or label in _variants():
         raise UserError(f"{label!r} is an optimizer of its own and cannot be the label of {path}")
-    label = label or _stem(path)
+    label = label or stem(path)
     return from_file(label, path) if path.endswith(".py") else learned(label, parts_of(path), path)
 
 
@@ -262,8 +262,12 @@ def _of_others(path: str, parts: Mapping[str, Any]) -> str:
     return f", made for an optimizer with another {', '.join(differ)}" if differ else ""
 
 
-def parts_of(path: str) -> dict[str, Any]:
+def parts_of(path: str, told: str = "--weights ") -> dict[str, Any]:
     """Returns the section ``optimizer`` that a theta file or run folder says it is for.
+
+    Args:
+      path: a file, a folder or a name.
+      told: how a command takes ``VARIANT=PATH``, for the message.
 
     Raises:
       UserError: there is no theta, or its header does not say.
@@ -275,7 +279,7 @@ def parts_of(path: str) -> dict[str, Any]:
             raise TypeError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
-            f"{path} does not say which optimizer its theta is for: name it, --weights VARIANT={path}"
+            f"{path} does not say which optimizer its theta is for: name it, {told}VARIANT={path}"
         ) from None
     return parts
 
@@ -303,11 +307,13 @@ def _variants() -> list[str]:
     return [name for name, (_, whole) in presets().items() if whole]
 
 
-def _is_path(text: str) -> bool:
+def is_path(text: str) -> bool:
+    """Whether a text is meant as a path and not as a name."""
     return os.sep in text or text.endswith((".safetensors", ".py")) or os.path.exists(text)
 
 
-def _stem(path: str) -> str:
+def stem(path: str) -> str:
+    """Returns what a theta file, run folder or Python file is called in tables."""
     absolute = Path(os.path.abspath(path))
     if absolute.name == FILE_NAME:  # every run folder has one
         absolute = absolute.parent
