@@ -148,9 +148,11 @@ def summary(found: Findings) -> list[str]:
     """What the rule is and does, in sentences."""
     recording, rule = found.recording, found.subject.optimizer
     groups = [w.group for w in found.weights if not w.context]
+    context = sum(len(w.rms) for w in found.weights if w.context)
+    besides = f", and {context} numbers of its tensor and the run" if context else ""
     out = [
         f"{_upper(printable(found.subject.about))}: {count(rule):,} meta-parameters; an MLP that sees "
-        f"{len(groups)} feature groups in {len(found.responses)} planes."
+        f"{len(groups)} feature groups in {len(found.responses)} planes{besides}."
     ]
     near = {name: _mean_cosine(recording, name) for name in AGAINST}
     first, *others = sorted(near, key=lambda name: -near[name])

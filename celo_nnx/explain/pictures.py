@@ -9,6 +9,7 @@ import matplotlib.colors
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from celo_nnx.evaluation.plots import COLORS, INK, label_axes, legend_above
 from celo_nnx.explain.record import AGAINST, Recording, Tensor, cosine
@@ -28,6 +29,7 @@ REFERENCES = {"momentum": ORANGE, "adam": GREEN, "sign": PINK, "gradient": BLUE}
 NAMES = {"momentum": "momentum", "adam": "Adam", "sign": "sign", "gradient": "gradient"}
 DOTS = 350  # of a scatter
 ACROSS = 3  # panels in a row
+LABELLED = 8  # bars of a group at most that each have a label
 
 
 def kind(group: str) -> tuple[str, str]:
@@ -74,9 +76,8 @@ def response_figure(responses: Sequence[Response]) -> Figure:
             axes.plot(r.x, r.median, color=color, linewidth=1.8, label=r.label or None)
             axes.plot(r.x, r.others_zero, color=color, linewidth=1.1, linestyle=(0, (1.2, 1.6)))
         if len(own) > 1:
-            axes.legend(
-                fontsize=7, frameon=False, labelcolor=INK, handlelength=1.4, loc="best", borderpad=0.1
-            )
+            options = dict(loc="best", ncols=1 + (len(own) > 3), handlelength=1.4, borderpad=0.1)
+            axes.legend(fontsize=7, frameon=False, labelcolor=INK, columnspacing=0.8, **options)
     figure.supylabel("change of the step, in RMS of steps", color=INK, fontsize=9)
     figure.supxlabel("normalized feature", color=INK, fontsize=9)
     return figure
@@ -109,7 +110,8 @@ def weights_figure(weights: Sequence[Weights]) -> Figure:
         places = place + np.arange(len(w.rms))
         shades = [shade(kind(w.group)[1], i, len(w.rms)) for i in range(len(w.rms))]
         axes.barh(places, w.rms, height=0.86, color=shades)
-        for at, label, size in zip(places, w.labels, w.rms, strict=True):
+        labels = w.labels if len(w.rms) <= LABELLED else [""] * len(w.rms)
+        for at, label, size in zip(places, labels, w.rms, strict=True):
             beside = dict(xytext=(3, 0), textcoords="offset points", va="center", parse_math=False)
             axes.annotate(label, (size, at), **beside, fontsize=6.5, color=INK)
         ticks.append((float(places.mean()), w.group))
@@ -141,6 +143,7 @@ def cosine_figure(tensors: Mapping[str, Tensor]) -> Figure:
     for axes, (path, x, after) in zip(grid.flat, panels, strict=False):
         stage = ", both orthogonalized" if after else ", before orthogonalization" if turned else ""
         _panel(axes, "", "", path + stage)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.axhline(0.0, color=INK, linewidth=0.6, alpha=0.35)
         for name in AGAINST:
             values = cosine(x.step if after else x.raw, (x.aligned if after else x.against)[name])

@@ -91,6 +91,16 @@ def test_a_rule_along_momentum_is_linear_in_it_and_blind_to_the_rest(
     assert not sizes["row"].any() and not sizes["gradient"].any()
 
 
+def test_the_hand_made_celo2_takes_muons_step(network: Family) -> None:
+    optimizer = load_optimizer("celo2", SMALL, weights="hand_made")
+    recording = record(optimizer, network, steps=3, seeds=1, learning_rate=RATE)
+    assert sorted(recording.tensors) == ["linear_0/w", "linear_1/w"]  # biases take Adam
+    for tensor in recording.tensors.values():
+        np.testing.assert_allclose(records.cosine(tensor.step, tensor.aligned["momentum"]), 1.0, atol=1e-4)
+        assert records.cosine(tensor.step, tensor.raw).max() < 0.99
+        np.testing.assert_allclose(np.sqrt(np.mean(tensor.step**2, axis=1)), RATE, rtol=1e-3)
+
+
 def test_what_is_recorded_is_what_numpy_computes(drawn: tuple[LearnedOptimizer, Recording]) -> None:
     optimizer, recording = drawn
     for path, tensor in recording.tensors.items():
