@@ -290,8 +290,8 @@ def compared(steps: np.ndarray) -> dict[str, np.ndarray]:
       and 1 where nothing moves.
 
     Example:
-      >>> {k: v.tolist() for k, v in compared(np.array([[[3.0, 0.0]], [[0.0, 3.0]]])).items()}
-      {'change': [[1.4142135623730951]], 'cosine': [[0.0]]}
+      >>> {k: v.tolist() for k, v in compared(np.array([[[3.0, 4.0]], [[6.0, 8.0]]])).items()}
+      {'change': [[1.0]], 'cosine': [[1.0]]}
     """
     flat = steps.reshape(*steps.shape[:2], -1)
     size = np.linalg.norm(flat, axis=-1)
