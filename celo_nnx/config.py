@@ -74,19 +74,19 @@ def run_section() -> dict[str, Any]:
     )
 
 
-def experiment(optimizer: Mapping[str, Any], tasks: str) -> ConfigDict:
+def experiment(optimizer: Mapping[str, Any], tasks: str | Mapping[str, Any]) -> ConfigDict:
     """Returns a whole config around an optimizer variant.
 
     Args:
       optimizer: the section of that name: parts.
-      tasks: name of a task preset in ``celo_nnx.experiments``.
+      tasks: name of a task preset in ``celo_nnx.experiments``, or a section ``tasks`` of one's own.
     """
     return ConfigDict(
         dict(
             seed=0,
             optimizer=optimizer,
             theta_init=THETA_INIT,
-            tasks=_preset(tasks, "").to_dict(),
+            tasks=_preset(tasks, "").to_dict() if isinstance(tasks, str) else dict(tasks),
             meta=meta_section(),
             run=run_section(),
         )
