@@ -52,4 +52,6 @@ for _ in range(20):
     params, state, value = step(params, state)
     losses.append(float(value))
 assert losses[-1] < losses[0], losses
-print(f"celo-nnx {celo_nnx.__version__} from {installed}: loss {losses[0]:.3f} to {losses[-1]:.3f} in 20 steps")
+print(
+    f"celo-nnx {celo_nnx.__version__} from {installed}: loss {losses[0]:.3f} to {losses[-1]:.3f} in 20 steps"
+)
