@@ -1,6 +1,6 @@
 """Measurements: one update against optax's own optimizers, one meta-iteration against the plain twin.
 
-Every figure of the README comes from here. Ratios are meaningful within one run on a quiet machine.
+Every figure of docs/speed.md comes from here. Ratios are meaningful within one run on a quiet machine.
 """
 
 from __future__ import annotations

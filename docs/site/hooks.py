@@ -11,6 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import notebooks
 import reference
 import tables
 from mkdocs.structure.files import File
@@ -35,7 +36,7 @@ def shown() -> dict[str, Path]:
 
 
 def on_config(config: Any) -> Any:
-    """Puts the pages of the reference into the navigation."""
+    """Puts pages that are made here, or came after the others, into the navigation."""
     for section in config["nav"]:
         if "Reference" in section:
             section["Reference"] += [f"reference/{name}" for name in (*tables.PAGES, *reference.pages())]
@@ -45,6 +46,8 @@ def on_config(config: Any) -> Any:
                 p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs/how-to").glob("*.md")
             )
             section["How to"] += [page for page in more if page not in known]
+    if made := list(notebooks.pages()):
+        config["nav"].insert(3, {"Notebooks": made})
     return config
 
 
@@ -52,6 +55,8 @@ def on_files(files: Any, config: Any) -> Any:
     """Adds the generated pages and the repository's files."""
     for name, text in (tables.pages() | reference.pages()).items():
         files.append(File.generated(config, f"reference/{name}", content=text))
+    for name, text in notebooks.pages().items():
+        files.append(File.generated(config, name, content=text))
     for name, path in shown().items():
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import reference
 
@@ -26,14 +27,14 @@ def _names() -> str:
     rows = []
     for name in celo_nnx.__all__:
         value = getattr(celo_nnx, name)
-        about = (value.__doc__ or "").split("\n")[0]
+        about = _first_line(value)
         rows.append((f"[`celo_nnx.{name}`][{value.__module__}.{value.__name__}]", about))
     by_page = [
         (f"[{text.splitlines()[0][2:]}]({name})", _modules(text)) for name, text in reference.pages().items()
     ]
     return "\n".join(
         [
-            "# Reference\n",
+            "# All names\n",
             "Every public name, from its docstring. `import celo_nnx` gives:\n",
             _table(("name", ""), rows),
             "[Parts](parts.md), [configs](experiments.md) and [commands](commands.md) are tables of what a "
@@ -41,6 +42,10 @@ def _names() -> str:
             _table(("page", "modules"), by_page),
         ]
     )
+
+
+def _first_line(value: object) -> str:
+    return re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", (value.__doc__ or "").split("\n")[0])
 
 
 def _modules(text: str) -> str:
@@ -53,7 +58,7 @@ def _link(part: type) -> str:
 
 
 def _rows(table: dict[str, type]) -> list[tuple[str, ...]]:
-    return [(f"`{name}`", _link(part), (part.__doc__ or "").split("\n")[0]) for name, part in table.items()]
+    return [(f"`{name}`", _link(part), _first_line(part)) for name, part in table.items()]
 
 
 def _parts() -> str:

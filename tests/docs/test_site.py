@@ -42,7 +42,7 @@ def names() -> set[str]:
 
 
 def test_examples_of_the_sites_own_code() -> None:
-    assert doctest.testmod(reference).failed == 0
+    assert doctest.testmod(reference).failed == doctest.testmod(module("notebooks")).failed == 0
     if importlib.util.find_spec("griffe"):
         assert doctest.testmod(module("docstrings")).failed == 0
 
