@@ -70,7 +70,32 @@ def load_text(name: str, *, level: str, words: int = 1000, data_dir: str = "") -
       (24, 'uint8')
     """
     check_level(level, words)
-    raw, source = _raw(name, data_dir)
+    return _text(name, *_raw(name, data_dir), level, words)
+
+
+def load_file(path: Path, *, level: str, words: int = 1000) -> Text:
+    """Loads a text from any file, plain or ``.gz``.
+
+    Args:
+      path: of the file.
+      level, words: as in :func:`load_text`.
+
+    Returns:
+      The text, named as the file.
+
+    Raises:
+      UserError: no file is there, or what :func:`load_text` raises.
+
+    Example:
+      >>> load_file(Path("book.txt"), level="character")  # doctest: +SKIP
+    """
+    check_level(level, words)
+    if not path.is_file():
+        raise UserError(f"no text at {path}: expected a file")
+    return _text(path.name, _read(path), str(path), level, words)
+
+
+def _text(name: str, raw: bytes, source: str, level: str, words: int) -> Text:
     if level == "byte":
         return Text(name, np.frombuffer(raw, np.uint8), 256, source)
     try:
