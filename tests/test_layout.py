@@ -112,6 +112,9 @@ ALLOWED = {
     "naive_meta": LEAVES | {"naive"},
 }
 
+# Examples: they use the package as a user's program does, and nothing uses them.
+PROGRAMS = "experiments.training"
+
 
 def modules() -> dict[str, Path]:
     """Returns dotted name -> file of every module of the package, components and experiments included."""
@@ -145,6 +148,9 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_follow_the_arrows(name: str) -> None:
     top = name.split(".")[0]
+    if name.startswith(PROGRAMS):
+        return
+    assert not any(i.startswith(PROGRAMS) for i in imports(modules()[name])), f"{name} imports an example"
     if top not in ALLOWED:
         return
     used = {i.split(".")[0] for i in imports(modules()[name])} - {top}
