@@ -202,7 +202,8 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         return write_json(path, settings)
     if there != settings:
         there = there if isinstance(there, dict) else {}
-        key = next(k for k in sorted({*there, *settings}) if there.get(k) != settings.get(k))
+        both = sorted({*there, *settings}, key=lambda key: (key not in there, key))
+        key = next(key for key in both if there.get(key) != settings.get(key))
         raise UserError(
             f"{folder} is of a study with {key} = {there.get(key)!r}, not {settings.get(key)!r}: "
             "name another --run-dir"
