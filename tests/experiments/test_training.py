@@ -245,3 +245,18 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
 def test_images_fall_back_to_digits() -> None:
     made = images.problem("digits", images.images_of(""), 4, conv_net.ConvNet)
     assert made.train[0].shape == (1400, 8, 8, 1) and made.validation[1].shape == (1, 100)
+
+
+def test_rms_of_a_step_is_what_the_migration_table_says() -> None:
+    """Celo2's is its rate; Muon's is the rate over the root of the rows, as near as Newton-Schulz comes."""
+    params = {"wide": {"kernel": jnp.zeros((16, 48))}, "tall": {"kernel": jnp.zeros((48, 16))}}
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.shape[0]), p.shape), params)
+
+    def rms(tx: optax.GradientTransformation) -> dict[str, float]:
+        updates = jax.jit(lambda: tx.update(grads, tx.init(params), params)[0])()
+        return {name: float(jnp.sqrt(jnp.mean(leaf["kernel"] ** 2))) for name, leaf in updates.items()}
+
+    assert rms(loop.celo2(1e-2)) == pytest.approx({"wide": 1e-2, "tall": 1e-2}, rel=1e-3)
+    assert rms(loop.muon(1e-2)) == pytest.approx({"wide": 1e-2 / 16**0.5, "tall": 1e-2 / 48**0.5}, rel=0.2)
+    consistent = optax.contrib.muon(1e-2, consistent_rms=0.2)
+    assert rms(consistent) == pytest.approx({"wide": 2e-3, "tall": 2e-3}, rel=0.2)
