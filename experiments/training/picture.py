@@ -26,8 +26,6 @@ from celo_nnx.experiments.training.loop import OPTIMIZERS, Plan, Run
 from celo_nnx.experiments.training.study import Job
 from celo_nnx.grids.effects import half_width
 
-BASE = "adamw"  # what others are compared with
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -38,8 +36,6 @@ class Row:
       seeds: how many runs.
       loss: the mean final validation loss; infinite where a run diverged.
       half_width: of Student's 95 % interval of the mean; NaN for one seed.
-      difference: mean of the loss less that of :data:`BASE`, paired by seed; NaN without it.
-      difference_half_width: of its interval.
       milliseconds: a step takes, the median run.
     """
 
@@ -48,33 +44,42 @@ class Row:
     seeds: int
     loss: float
     half_width: float
-    difference: float
-    difference_half_width: float
     milliseconds: float
 
 
-def rows(results: dict[Job, Run], plan: Plan) -> list[Row]:
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The mean loss of one optimizer less another's, paired by seed, and half of its 95 % interval."""
+
+    optimizer: str
+    less: str
+    loss: float
+    half_width: float
+
+
+def rows(results: dict[Job, Run], plan: Plan) -> tuple[list[Row], list[Difference]]:
     """Summarizes runs of one problem, whose seeds are the same for every optimizer."""
-    finals, out = {}, []
+    found: dict[str, dict[Job, Run]] = {}
     for job, run in results.items():
-        finals.setdefault(job.optimizer, {})[job.seed] = run.final(plan.steps)
-    for name, by_seed in finals.items():
-        losses = np.array(list(by_seed.values()))
-        other = finals.get(BASE) if name != BASE else None
-        apart = losses - np.array([other[seed] for seed in by_seed]) if other else np.array([math.nan])
-        runs = {job: run for job, run in results.items() if job.optimizer == name}
+        found.setdefault(job.optimizer, {})[job] = run
+    means, apart, finals = [], [], {}
+    for name, runs in found.items():
+        losses = np.array([run.final(plan.steps) for run in runs.values()])
         took = 1000 * float(np.median([run.seconds for run in runs.values()]))
-        rate, half = next(iter(runs)).rate, half_width(losses)
-        spread = half_width(apart) if other else math.nan
-        out.append(Row(name, rate, len(losses), losses.mean(), half, apart.mean(), spread, took))
-    return out
+        rate = next(iter(runs)).rate
+        means.append(Row(name, rate, len(losses), float(losses.mean()), half_width(losses), took))
+        for other, theirs in finals.items():
+            gap = losses - theirs
+            apart.append(Difference(name, other, float(gap.mean()), half_width(gap)))
+        finals[name] = losses
+    return means, apart
 
 
 def write(
     name: str, tuned: dict[str, dict[int, Run]], results: dict[Job, Run], plan: Plan, folder: Path
 ) -> None:
-    """Writes ``curves.csv``, ``rates.csv``, ``summary.csv`` and ``NAME.svg``, and prints the summary."""
-    found = rows(results, plan)
+    """Writes tables of curves, rates, means and differences and ``NAME.svg``, and prints the last two."""
+    found, apart = rows(results, plan)
     curves = (
         (job.optimizer, f"{job.rate:.4g}", job.seed, step, f"{loss:.5f}", f"{held_out:.5f}")
         for job, run in results.items()
@@ -88,17 +93,18 @@ def write(
         for half, run in sorted(runs.items())
     )
     write_csv(folder / "rates.csv", ("optimizer", "learning_rate", "validation_loss"), grid)
-    heads = tuple(field.name for field in dataclasses.fields(Row))
-    write_csv(folder / "summary.csv", heads, ([_text(x) for x in dataclasses.astuple(r)] for r in found))
+    for file, kind, table in (("summary", Row, found), ("differences", Difference, apart)):
+        heads = tuple(field.name for field in dataclasses.fields(kind))
+        lines = ([_text(value) for value in dataclasses.astuple(row)] for row in table)
+        write_csv(folder / f"{file}.csv", heads, lines)
     picture = to_svg(figure(tuned, results, plan), name, standalone=True)
     (folder / f"{name}.svg").write_text(picture, encoding="utf-8")
     print(f"validation loss after {plan.steps} steps, mean over seeds and 95 % interval:")
     for row in found:
         loss = _interval(f"{row.loss:.4f}", row.half_width)
-        apart = _interval(f"{row.difference:+.4f}", row.difference_half_width)
-        against = f"  {apart} against {BASE}" if math.isfinite(row.difference) else ""
-        rate = f"lr {row.learning_rate:<8.3g}"
-        print(f"  {row.optimizer:<6} {rate} {loss}  {row.milliseconds:.1f} ms a step{against}")
+        print(f"  {row.optimizer:<6} lr {row.learning_rate:<8.3g} {loss}  {row.milliseconds:.1f} ms a step")
+    for gap in apart:
+        print(f"  {gap.optimizer} less {gap.less}: {_interval(f'{gap.loss:+.4f}', gap.half_width)}")
     print(f"picture: {folder / f'{name}.svg'}")
 
 
