@@ -24,7 +24,7 @@ from celo_nnx.components.schedules import SCHEDULES
 from celo_nnx.components.tensor_features import TENSOR_FEATURES
 from celo_nnx.components.trackers import TRACKERS
 from celo_nnx.components.update_rules import ROUTE_RULES, STEPS, UPDATE_RULES
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_number, require, require_section, unknown
 from celo_nnx.interfaces import OUTPUT
 from celo_nnx.optimizer import LearnedOptimizer, Settings
 from celo_nnx.precision import Storage
@@ -119,8 +119,10 @@ def _summary(part: type) -> str:
 
 def _section(kind: str, section: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns a part's section with every default filled in; refuses unknown keys."""
+    require_section(where, section)
     if "kind" not in section:
         raise UserError(f"{where} has no key 'kind'; known kinds: {', '.join(sorted(TABLES[kind]))}")
+    require(isinstance(section["kind"], str), f"{where}.kind", section["kind"], "a text")
     known = parameters(find(kind, section["kind"]))
     for key in section:
         if key != "kind" and key not in known:
@@ -143,25 +145,14 @@ def resolve(optimizer: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"optimizer has no section {key!r}")
     optimizer = OPTIONAL | dict(optimizer)
     out: dict[str, Any] = {key: optimizer[key] for key in SCALARS}
+    for key in (*GROUPS, "features", *(name for name in PLAIN if name in optimizer)):
+        require_section(f"optimizer.{key}", optimizer[key])
     for group, kind in GROUPS.items():
         sections = optimizer[group].items()
-        out[group] = {n: _section(kind, s, f"optimizer.{group}.{n}") for n, s in sections}
+        out[group] = {str(n): _section(kind, s, f"optimizer.{group}.{n}") for n, s in sections}
     for slot, kind in SLOTS.items():
         out[slot] = _section(kind, optimizer[slot], f"optimizer.{slot}")
-    features = optimizer["features"]
-    for key in features:
-        if key not in ("groups", "options"):
-            raise unknown("key of optimizer.features,", key, ("groups", "options"))
-    groups, options = tuple(features["groups"]), dict(features.get("options", {}))
-    require(len(groups) > 0 and len(set(groups)) == len(groups), "features.groups", groups, "distinct names")
-    filled = {}
-    for name in groups:
-        section = {"kind": name, **dict(options.pop(name, {}))}
-        section = _section("features", section, f"optimizer.features.options.{name}")
-        filled[name] = {k: v for k, v in section.items() if k != "kind"}
-    for name in options:
-        find("features", name)  # options of a group that is left out are kept: an ablation may drop a group
-    out["features"] = {"groups": groups, "options": {n: v for n, v in filled.items() if v}}
+    out["features"] = _features(optimizer["features"])
     for name, made in PLAIN.items():
         section = dict(optimizer.get(name, {}))
         defaults = {f.name: f.default for f in dataclasses.fields(made) if f.name != "given"}
@@ -174,6 +165,27 @@ def resolve(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def _features(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the section of the features with every option filled in."""
+    for key in features:
+        if key not in ("groups", "options"):
+            raise unknown("key of optimizer.features,", key, ("groups", "options"))
+    groups, options = features.get("groups", ()), features.get("options", {})
+    good = isinstance(groups, (tuple, list)) and all(isinstance(name, str) for name in groups)
+    good = good and 0 < len(groups) == len(set(groups))
+    require(good, "optimizer.features.groups", groups, "distinct names")
+    require_section("optimizer.features.options", options)
+    options, filled = dict(options), {}
+    for name in groups:
+        where, given = f"optimizer.features.options.{name}", options.pop(name, {})
+        require_section(where, given)
+        section = _section("features", {"kind": name, **dict(given)}, where)
+        filled[name] = {k: v for k, v in section.items() if k != "kind"}
+    for name in options:
+        find("features", name)  # options of a group that is left out are kept: an ablation may drop a group
+    return {"groups": tuple(groups), "options": {n: v for n, v in filled.items() if v}}
+
+
 def _axes_table(key: str, table: Any) -> tuple[tuple[Any, ...], ...]:
     """Checks rows (path or pattern, axis, axis) of ``optimizer.tensors``; rows and columns may be several."""
 
@@ -183,6 +195,8 @@ def _axes_table(key: str, table: Any) -> tuple[tuple[Any, ...], ...]:
         return value if type(value) is int else None
 
     rows = []
+    legal = "a tuple of rows (path, axis, axis)"
+    require(isinstance(table, (tuple, list)), f"optimizer.tensors.{key}", table, legal)
     for row in table:
         row = tuple(row) if isinstance(row, (tuple, list)) else (row,)
         made = (row[0], *(axes(a) for a in row[1:]))
@@ -324,9 +338,11 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
     Raises:
       UserError: an unknown kind, a noise below 0, or a file that does not fit.
     """
-    kind, noise = theta_init.get("kind", "random"), float(theta_init.get("noise", 0.0))
-    require(noise >= 0, "theta_init.noise", noise, "a number of at least 0")
-    only = tuple(theta_init.get("only", ()))
+    kind, noise = theta_init.get("kind", "random"), theta_init.get("noise", 0.0)
+    require(is_number(noise) and noise >= 0, "theta_init.noise", noise, "a number of at least 0")
+    only = theta_init.get("only", ())
+    good = isinstance(only, (tuple, list)) and all(isinstance(pattern, str) for pattern in only)
+    require(good, "theta_init.only", only, "a tuple of patterns")
     require(kind == "file" or not only, "theta_init.only", only, "() unless theta_init.kind is 'file'")
     if kind == "hand_made":
         options = {"mix": theta_init["mix"]} if theta_init.get("mix") else {}
@@ -337,7 +353,7 @@ def start(optimizer: LearnedOptimizer, theta_init: Mapping[str, Any], key: jax.A
         optimizer = optimizer.with_theta(optimizer.theta | {name: x for name, x in made.items() if x})
     elif kind == "file":
         require(
-            bool(theta_init.get("path")),
+            bool(theta_init.get("path")) and isinstance(theta_init["path"], str),
             "theta_init.path",
             theta_init.get("path", ""),
             "a file, a run folder or a name",

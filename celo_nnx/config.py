@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, require, require_section, unknown
 
 # Decay of the average of theta, patterns of the leaves that rest, and phases: without them as published.
 META_OPTIONS: dict[str, Any] = dict(average=0.0, frozen=(), phases=())
@@ -275,6 +275,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     for section in sections:
         if section not in config:
             raise UserError(f"the config has no section {section!r}")
+    for section in sections[1:]:
+        require_section(section, config[section])
     seed = config.seed
     require(type(seed) is int and 0 <= seed < 2**32, "seed", seed, "an integer from 0 to 2**32 - 1")
     for where, known in (
@@ -282,7 +284,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         ("theta_init", THETA_INIT),
         ("run", run_section()),
     ):
-        for key in config if where == "config" else config[where]:
+        for key in map(str, config if where == "config" else config[where]):
             if key not in known:
                 raise unknown(f"key of {where},", key, known)
     config.meta = ConfigDict(META_OPTIONS | config.meta.to_dict())

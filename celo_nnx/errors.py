@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+
+LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32
+MOST_WIDTH = 4096
 
 
 class UserError(Exception):
@@ -46,6 +48,26 @@ def require(condition: bool, name: str, value: object, legal: str) -> None:
         raise UserError(f"{name} = {value!r} is out of range: must be {legal}")
 
 
+def require_section(name: str, value: object) -> None:
+    """Raises a :class:`UserError` unless a value of a config is a section, with keys of its own.
+
+    Example:
+      >>> require_section("meta.unroll", {"kind": "never"})
+    """
+    if not hasattr(value, "items"):
+        raise UserError(f"{name} = {value!r} must be a section with keys of its own")
+
+
+def is_name(value: object, table: Container[str]) -> bool:
+    """Tells whether a value is a text that a table knows; one that cannot be looked up is none.
+
+    Example:
+      >>> is_name("pes", {"pes": 1}), is_name([], {"pes": 1})
+      (True, False)
+    """
+    return isinstance(value, str) and value in table
+
+
 def is_integer(value: object) -> bool:
     """Tells whether a value is an integer; a bool is none.
 
@@ -66,15 +88,25 @@ def is_count(value: object) -> bool:
     return is_integer(value) and 1 <= value < 2**31
 
 
+def is_width(value: object, least: int = 1) -> bool:
+    """Tells whether a value is a size of a learned layer: a matrix of two such is no more than 64 MB.
+
+    Example:
+      >>> is_width(512), is_width(0), is_width(0, least=0), is_width(10**6)
+      (True, False, True, False)
+    """
+    return is_integer(value) and least <= value <= MOST_WIDTH
+
+
 def is_number(value: object) -> bool:
-    """Tells whether a value is a finite real number, integers among them; a bool is none.
+    """Tells whether a value is a real number that is finite in float32; a bool is none.
 
     Example:
       >>> is_number(0.5), is_number(2), is_number(float("inf")), is_number(True)
       (True, True, False, False)
     """
     real = isinstance(value, float) or is_integer(value)
-    return real and abs(value) <= sys.float_info.max  # math.isfinite fails on an integer beyond that
+    return real and abs(value) <= LARGEST_FLOAT  # math.isfinite fails on a large integer
 
 
 def printable(text: str) -> str:

@@ -122,7 +122,7 @@ def train(
             if known is not None:
                 stack.enter_context(lock.hold(run_dir))
                 run_files.agree(settings, run_files.read_config(run_dir) or {}, f"the run in {run_dir}")
-            pairs = math.gcd(*(pairs_of(phase.config["meta"]["estimator"]) for phase in phases))
+            pairs = math.gcd(*(pairs_of(phase.config["meta"].get("estimator")) for phase in phases))
             recorded = run_files.recorded_devices(run_dir)
             devices = choose_devices(settings["run"]["devices"], pairs, recorded)
         processes.meet(devices)

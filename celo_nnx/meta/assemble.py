@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from celo_nnx.errors import UserError, is_count, require, unknown
+from celo_nnx.errors import UserError, is_count, is_name, require, unknown
 from celo_nnx.interfaces import Family, GradientEstimator, Optimizer, Task
 from celo_nnx.meta.augmentations import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
@@ -42,7 +42,7 @@ def _choose(
     """
     arguments = _items(name, section)
     kind = arguments.pop("kind", None)
-    if kind not in table:
+    if not is_name(kind, table):
         raise unknown(f"{name}.kind", kind, table)
     parameters = inspect.signature(table[kind]).parameters.values()
     known = [p for p in parameters if p.name not in given]

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from celo_nnx.errors import UserError, is_count, is_number, require, unknown
+from celo_nnx.errors import UserError, is_count, is_name, is_number, require, unknown
 
 Rule = optax.GradientTransformation
 Number = float | optax.Schedule
@@ -153,7 +153,7 @@ def _parameters(made: Callable[..., Any]) -> list[inspect.Parameter]:
 
 def _find(where: str, kind: Any, *, nested: bool) -> Callable[..., Any]:
     known = (rules() | schedules()) if nested else rules()
-    if kind not in known:
+    if not is_name(kind, known):
         near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         what = "optimizers, transformations and schedules" if nested else "optimizers and transformations"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from celo_nnx import theta_io
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, require, unknown
 from celo_nnx.files import parse_json, refuse_existing, told, write_new
 from celo_nnx.meta.checkpoint import canonical
 from celo_nnx.pretrained import files, hub, layouts, messagepack, pylo
@@ -142,7 +142,9 @@ def first_theta(theta_init: Any, optimizer: Mapping[str, Any]) -> dict[str, Any]
       UserError: a file that is neither published weights nor a theta file; one line.
     """
     section = dict(theta_init.items())
-    path = Path(section.get("path") or "")
+    path = section.get("path") or ""
+    require(isinstance(path, str), "theta_init.path", path, "a text")
+    path = Path(path)
     if section.get("kind") != "file" or not path.is_file():
         return section
     names = optimizer["features"]["groups"]

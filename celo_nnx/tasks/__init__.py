@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, is_name, unknown
 from celo_nnx.interfaces import Family, Task
 from celo_nnx.tasks.analytic import Analytic, Quadratic
 from celo_nnx.tasks.autoencoder import Autoencoder
@@ -95,7 +95,7 @@ def complete(section: Mapping[str, Any]) -> dict[str, Any]:
     """
     section = dict(section.items())
     kind = section.get("kind")
-    if kind not in TASKS:
+    if not is_name(kind, TASKS):
         raise unknown("task kind", kind, TASKS)
     fill = getattr(TASKS[kind], "complete", None)
     return fill(section) if fill else section

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from celo_nnx.errors import is_count, is_number, require, unknown
+from celo_nnx.errors import is_count, is_name, is_number, require, unknown
 from celo_nnx.interfaces import Array
 
 MAX_WIDTH = 65_536
@@ -90,7 +90,7 @@ def check_widths(task: Any, name: str, least: int = 1) -> None:
 def check_names(task: Any, **tables: Iterable[str]) -> None:
     """Checks that fields of a task are names of their tables."""
     for name, table in tables.items():
-        if getattr(task, name) not in table:
+        if not is_name(getattr(task, name), tuple(table)):
             raise unknown(name, getattr(task, name), table)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from celo_nnx.errors import require
+from celo_nnx.errors import MOST_WIDTH, is_width, require
 from celo_nnx.interfaces import MetaParam, Schedule
 
 Array = jax.Array
@@ -44,7 +44,7 @@ class Recurrent(Schedule):
     accumulators = "new"
 
     def __init__(self, inputs: int, hidden: int, key: Array) -> None:
-        require(type(hidden) is int and hidden >= 1, "hidden", hidden, "an integer of at least 1")
+        require(is_width(hidden), "hidden", hidden, f"an integer from 1 to {MOST_WIDTH}")
         require(inputs >= 1, "optimizer.rows", inputs, "at least one feature for a learned schedule")
         self.hidden = hidden
         self.lstm = Dense(inputs + hidden, 4 * hidden, key)

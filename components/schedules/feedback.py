@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from celo_nnx.components.schedules.cell import Dense, Recurrent
-from celo_nnx.errors import require
+from celo_nnx.errors import MOST_WIDTH, is_width, require
 from celo_nnx.interfaces import Controls, MetaParam
 
 Array = jax.Array
@@ -47,7 +47,7 @@ class FeedbackLstm(Recurrent):
     ) -> None:
         require(value >= 0, "value", value, "a number of at least 0")
         for name, number in (("context", context), ("shared", shared), ("own", own)):
-            require(type(number) is int and number >= 1, name, number, "an integer of at least 1")
+            require(is_width(number), name, number, f"an integer from 1 to {MOST_WIDTH}")
         keys = jax.random.split(key, 5)
         super().__init__(width, hidden, keys[0])
         self.value, self.context_size = float(value), context

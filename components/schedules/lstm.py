@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from celo_nnx.components.schedules.cell import Dense, Recurrent
-from celo_nnx.errors import require, unknown
+from celo_nnx.errors import MOST_WIDTH, is_width, require, unknown
 from celo_nnx.interfaces import Controls
 
 Array = jax.Array
@@ -63,7 +63,7 @@ class LstmSchedule(Recurrent):
         state_decay: float = 0.0,
     ) -> None:
         require(value >= 0, "value", value, "a number of at least 0")
-        require(type(controls) is int and controls >= 0, "controls", controls, "an integer of at least 0")
+        require(is_width(controls, 0), "controls", controls, f"an integer from 0 to {MOST_WIDTH}")
         require(rate_factor > 0, "rate_factor", rate_factor, "a number above 0")
         require(0 <= state_decay < 1, "state_decay", state_decay, "a number in [0, 1)")
         if rate not in RATES:

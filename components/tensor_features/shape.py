@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from celo_nnx.errors import require
+from celo_nnx.errors import MOST_WIDTH, is_width, require
 from celo_nnx.interfaces import RunView, TensorFeature
 
 Array = jax.Array
@@ -36,7 +36,7 @@ class Rank(ShapeFeature):
     """
 
     def __init__(self, *, size: int = 5) -> None:
-        require(type(size) is int and size >= 1, "size", size, "an integer of at least 1")
+        require(is_width(size), "size", size, f"an integer from 1 to {MOST_WIDTH}")
         self.size = size
 
     def width(self, sizes: dict[str, int]) -> int:
@@ -70,7 +70,7 @@ class LogShape(ShapeFeature):
     """
 
     def __init__(self, *, axes: int = 4) -> None:
-        require(type(axes) is int and axes >= 1, "axes", axes, "an integer of at least 1")
+        require(is_width(axes), "axes", axes, f"an integer from 1 to {MOST_WIDTH}")
         self.axes = axes
 
     def width(self, sizes: dict[str, int]) -> int:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from celo_nnx.errors import require
+from celo_nnx.errors import MOST_WIDTH, is_width, require
 from celo_nnx.interfaces import Tracker
 
 Array = jax.Array
@@ -43,7 +43,7 @@ class LossBuffer(Tracker):
     needs_value = True
 
     def __init__(self, *, size: int = 10, horizon: int = 0) -> None:
-        require(type(size) is int and size >= 2, "size", size, "an integer of at least 2")
+        require(is_width(size, 2), "size", size, f"an integer from 2 to {MOST_WIDTH}")
         require(type(horizon) is int and horizon >= 0, "horizon", horizon, "an integer of at least 0")
         self.size, self.width, self.horizon = size, size - 1, horizon
 

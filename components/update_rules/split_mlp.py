@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from celo_nnx.errors import is_integer, is_number, require, unknown
+from celo_nnx.errors import MOST_WIDTH, is_integer, is_number, is_width, require, unknown
 from celo_nnx.interfaces import Controls, MetaParam, UpdateRule
 from celo_nnx.planes import weighted_sum
 
@@ -16,6 +17,7 @@ Array = jax.Array
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh}
 MOMENTUM = (("momentum", 0, 1.0),)  # what a hand-made theta steps along
+MOST_WEIGHTS = 2**26  # of all layers and MLPs; the largest published bank has 0.1 million
 UNROLLED = 16  # widest layer that is unrolled over planes; compilation grows with the number of weights
 
 
@@ -31,7 +33,7 @@ class SplitMLP(UpdateRule):
       widths: planes of each feature group, in order.
       context: numbers of each context group, in order.
       key: draws the published random start.
-      hidden: width of each hidden layer, each at least 1.
+      hidden: width of each hidden layer.
       outputs: at least 2: direction, log-magnitude, and unused ones.
       activation: ``"relu"`` or ``"tanh"``.
       bank: 0 for one MLP; else ``K`` of them, theta with a leading axis, whose weights are
@@ -56,12 +58,17 @@ class SplitMLP(UpdateRule):
         bank_scale: float = 1.0,
         feedback: int = 0,
     ) -> None:
-        hidden = tuple(int(h) for h in hidden)
-        require(len(hidden) >= 1 and min(hidden) >= 1, "hidden", hidden, "a tuple of integers of at least 1")
-        require(type(feedback) is int and feedback >= 0, "feedback", feedback, "an integer of at least 0")
-        require(outputs >= 2 + feedback, "outputs", outputs, f"an integer of at least {2 + feedback}")
-        require(type(bank) is int and bank >= 0, "bank", bank, "an integer of at least 0")
-        require(bank_scale != 0, "bank_scale", bank_scale, "a number other than 0")
+        good = isinstance(hidden, (tuple, list)) and len(hidden) >= 1 and all(map(is_width, hidden))
+        require(good, "hidden", hidden, f"a tuple of integers from 1 to {MOST_WIDTH}")
+        require(is_width(feedback, 0), "feedback", feedback, f"an integer from 0 to {MOST_WIDTH}")
+        legal = f"an integer from {2 + feedback} to {MOST_WIDTH}"
+        require(is_width(outputs, 2 + feedback), "outputs", outputs, legal)
+        require(is_width(bank, 0), "bank", bank, f"an integer from 0 to {MOST_WIDTH}")
+        sizes = (sum((widths | context).values()), *hidden, outputs)
+        weights = max(bank, 1) * sum(n * m for n, m in itertools.pairwise(sizes))
+        require(weights <= MOST_WEIGHTS, "number of weights", weights, f"at most {MOST_WEIGHTS}")
+        hidden = tuple(hidden)
+        require(is_number(bank_scale) and bank_scale != 0, "bank_scale", bank_scale, "a number other than 0")
         if activation not in ACTIVATIONS:
             raise unknown("activation", activation, ACTIVATIONS)
         rows = widths | context

@@ -163,7 +163,8 @@ class Perturbed(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in (("std", self.std), *(("leaf_std", std) for _, std in self._leaf_std())):
-            require(is_number(value) and value > 0, f"estimator.{name}", value, "a finite number > 0")
+            good = is_number(value) and np.float32(value) > 0  # the smallest numbers are 0 in float32
+            require(good, f"estimator.{name}", value, "a finite number > 0")
         legal = "a finite number >= 0 (0 for off)"
         good = is_number(self.sign_delta) and self.sign_delta >= 0
         require(good, "estimator.sign_delta", self.sign_delta, legal)
