@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from celo_nnx import config as configs
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_name, require, unknown
 from celo_nnx.evaluation.baselines import SCHEDULES
 from celo_nnx.interfaces import Family
 from celo_nnx.tasks import build_families, complete, trial
@@ -66,7 +66,7 @@ class Suite:
             require(type(value) is int and value >= 1, field, value, "an integer >= 1")
         divides = self.steps % self.evaluations == 0
         require(divides, "evaluations", self.evaluations, f"a divisor of steps = {self.steps}")
-        if self.schedule not in SCHEDULES:
+        if not is_name(self.schedule, SCHEDULES):
             raise unknown("schedule", self.schedule, SCHEDULES)
         good = isinstance(self.tasks, Mapping) and len(self.tasks) >= 1
         require(good, "tasks", self.tasks, "a section of one or more sections of tasks")

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from celo_nnx import config as configs
-from celo_nnx.errors import UserError, is_integer, require, unknown
+from celo_nnx.errors import UserError, is_integer, is_name, require, unknown
 
 Labels = dict[str, str]
 MOST = 4096  # cells of a grid; a product of axes grows faster than one thinks
@@ -177,8 +177,9 @@ def _conditions(skip: Any, axes: Mapping[str, Any]) -> Iterator[dict[str, tuple[
         for axis, labels in condition.items():
             if axis not in axes:
                 raise unknown("axis in skip,", axis, axes)
+            require(isinstance(labels, (str, tuple, list)), f"axis {axis!r} in skip", labels, "labels")
             for label in [labels] if isinstance(labels, str) else labels:
-                if label not in axes[axis]:
+                if not is_name(label, axes[axis]):
                     raise unknown(f"label of axis {axis!r} in skip,", label, axes[axis])
         yield {axis: (x,) if isinstance(x, str) else tuple(x) for axis, x in condition.items()}
 

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from celo_nnx.errors import UserError, is_count, is_name, require, unknown
 from celo_nnx.interfaces import Family, GradientEstimator, Optimizer, Task
 from celo_nnx.meta.augmentations import AUGMENTATIONS
@@ -175,6 +177,8 @@ def build_trainer(
     Raises:
       UserError: for an unknown kind or key, or a value out of range.
     """
+    if not jax.tree.leaves(optimizer.theta):
+        raise UserError("the optimizer has no meta-parameters: there is nothing to meta-train")
     rule = meta_optimizer(_section(config.meta, "optimizer"), optimizer.theta)
     frozen = frozen_mask(optimizer.theta, config.meta.get("frozen", ()))
     estimator = build_estimator(config.meta, optimizer, families, devices)
