@@ -16,6 +16,8 @@ import itertools
 import json
 import logging
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -113,6 +115,9 @@ def save(directory: Path, step: int, state: Any, record: Record, keep: int = 2) 
       state: pytree of arrays and typed PRNG keys.
       record: JSON values kept beside the arrays: the resolved config, versions, devices.
       keep: how many of the newest steps stay.
+
+    Raises:
+      OSError: what the system refuses, such as a full disk; the steps that were there stay.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -123,18 +128,38 @@ def save(directory: Path, step: int, state: Any, record: Record, keep: int = 2) 
         "record": record,
         "digest": digest(arrays, {"record": record, "step": step}),
     }
-    with training.Checkpointer(
-        directory.absolute(),
-        # Orbax's default policy skips a save while another one runs.
-        save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=training.preservation_policies.LatestN(keep),
-        cleanup_tmp_directories=True,
-    ) as checkpointer:
-        # An array without elements cannot be written; it has nothing to restore but its shape.
-        stored = {k: v for k, v in arrays.items() if v.size}
+    # An array without elements cannot be written; it has nothing to restore but its shape.
+    stored = {k: v for k, v in arrays.items() if v.size}
+    with (
+        _system_errors(directory / str(step)),
+        _quiet(),
+        training.Checkpointer(
+            directory.absolute(),
+            # Orbax's default policy skips a save while another one runs.
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        ) as checkpointer,
+    ):
         checkpointer.save_checkpointables(step, {"state": stored}, custom_metadata=metadata)
     if processes.is_first():
         manifest.write(directory / str(step))
+
+
+@contextlib.contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Raises what the system refuses as an ``OSError``: TensorStore tells it in a ``ValueError``'s text."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            code = re.search(r"os_error_code='(\d+)'", str(cause))
+            number = int(code[1]) if code else getattr(cause, "errno", None)
+            if number:
+                raise OSError(number, os.strerror(number), str(path)) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def steps(directory: Path) -> list[int]:
