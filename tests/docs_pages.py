@@ -34,7 +34,8 @@ CHEAP = {"list", "describe", "import", "export", "grid plan"}
 OTHERS = re.compile(
     r"(python3 -m venv \.venv( && .*)?|\.venv/bin/pip install .*|pip install .*|\. \.venv/bin/activate|cd .*"
     r"|git clone .*|(\.venv/bin/)?(python -m )?pytest .*|(\.venv/bin/)?ruff (check|format) .*"
-    r"|(\.venv/bin/)?mkdocs (build --strict|serve)|bash \.ci/.*)"
+    r"|(\.venv/bin/)?mkdocs (build --strict|serve)|bash \.ci/.*"
+    r"|python -m celo_nnx\.experiments\.training\.(gpt|conv_net|vit|scaling)( .*)?)"
 )
 
 
@@ -124,12 +125,17 @@ def read(args: Any) -> None:
     from celo_nnx.evaluation.suites import load_suite
     from celo_nnx.grids.grid_file import load_grid
     from celo_nnx.grids.plan import plan
+    from celo_nnx.model_shapes import mesh_sizes, model_shapes
 
     if hasattr(args, "config"):
         path = ROOT / args.config
         load(str(path) if path.is_file() else args.config, args.overrides)
     elif hasattr(args, "suite") and hasattr(args, "overrides"):
         load_suite(args.suite, args.overrides)
+    elif args.command == "plan":
+        model_shapes(args.model)
+        for mesh in args.mesh or ():
+            mesh_sizes(mesh)
     elif hasattr(args, "grid"):
         plan(load_grid(args.grid, args.overrides))
 
