@@ -26,8 +26,9 @@ from celo_nnx.components.trackers import TRACKERS
 from celo_nnx.components.update_rules import ROUTE_RULES, STEPS, UPDATE_RULES
 from celo_nnx.errors import UserError, is_number, require, require_section, unknown
 from celo_nnx.interfaces import OUTPUT
-from celo_nnx.optimizer import LearnedOptimizer, Settings
+from celo_nnx.optimizer import LearnedOptimizer
 from celo_nnx.precision import Storage
+from celo_nnx.settings import Settings
 from celo_nnx.tensors import Tensors
 
 ENTRY_POINTS = "celo_nnx.components"  # an entry point is named KIND.NAME, "features.sign_gradient" say

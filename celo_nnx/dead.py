@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from celo_nnx.errors import UserError
-from celo_nnx.optimizer import LEARNED, LearnedOptimizer, Settings
+from celo_nnx.optimizer import LEARNED, LearnedOptimizer
+from celo_nnx.settings import Settings
 from celo_nnx.tensors import Tensors, tensor_paths
 
 Leaves = list[np.ndarray]

@@ -16,7 +16,8 @@ from flax import nnx
 from celo_nnx.build import GROUPS, PLAIN, SCALARS, SLOTS, find, parameters
 from celo_nnx.errors import printable
 from celo_nnx.interfaces import MetaParam
-from celo_nnx.optimizer import LearnedOptimizer, Settings
+from celo_nnx.optimizer import LearnedOptimizer
+from celo_nnx.settings import Settings
 from celo_nnx.tensors import Tensors, tensor_paths
 
 # Every slot in the order in which an update goes through them.

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, require
 from celo_nnx.groups import rows_of_group, stacked, update_group
 from celo_nnx.interfaces import (
     OUTPUT,
@@ -38,8 +38,9 @@ from celo_nnx.interfaces import (
 )
 from celo_nnx.kernel import TensorKernel
 from celo_nnx.pallas_kernel import PallasKernel
-from celo_nnx.precision import Storage, mix
-from celo_nnx.sharding import Given, Layout, layout, state_shardings, update_shares
+from celo_nnx.precision import mix
+from celo_nnx.settings import KERNEL_NAMES, Settings
+from celo_nnx.sharding import Layout, layout, state_shardings, update_shares
 from celo_nnx.tensors import (
     Tensors,
     axes_in_words,
@@ -55,40 +56,8 @@ Array = jax.Array
 PyTree = Any
 
 LEARNED = "learned"
-KERNELS = {"xla": TensorKernel, "pallas": PallasKernel}
+KERNELS = dict(zip(KERNEL_NAMES, (TensorKernel, PallasKernel), strict=True))
 STATE_VERSION = 1  # of the optimizer state's tree; see LearnedOptimizer.init
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a config says besides parts.
-
-    Attributes:
-      tensors: how tensors are looked at.
-      state: how accumulators are kept.
-      weight_decay: decoupled, 0 or more.
-      tile: elements at most in a tile of a large tensor; 0 decides by the device (CPU 262144, others none).
-        With the Pallas kernel, elements at most in a block.
-      kernel: ``"xla"``, or ``"pallas"``: large tensors by :class:`celo_nnx.pallas_kernel.PallasKernel`
-        (interpreted on a CPU, to check it).
-      shardings: of every parameter by path, where they are split over a mesh of devices. Not a config key:
-        see ``LearnedOptimizer.as_optax``.
-    """
-
-    tensors: Tensors = Tensors()
-    state: Storage = Storage()
-    weight_decay: float = 0.0
-    tile: int = 0
-    kernel: str = "xla"
-    shardings: Given = ()
-
-    def __post_init__(self) -> None:
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
-        require(type(self.tile) is int and self.tile >= 0, "tile", self.tile, "an integer of at least 0")
-        if self.kernel not in KERNELS:
-            raise unknown("kernel", self.kernel, KERNELS)
-        if self.shardings and self.kernel != "xla":
-            raise UserError(f"kernel = {self.kernel!r} does not take shardings: use kernel = 'xla'")
 
 
 class LearnedOptimizer(nnx.Module):

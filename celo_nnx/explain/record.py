@@ -276,7 +276,7 @@ def raw_step(optimizer: LearnedOptimizer, look: Look) -> Array:
     rule = optimizer.update_rule
     prepared = rule.prepare(tuple(look.planes), look.scale, look.context, look.controls)
     direction, magnitude, _ = rule(look.planes, prepared, look.spec.shape)
-    return optimizer.step(direction, magnitude)
+    return optimizer.step(direction, magnitude, look.spec)
 
 
 def compared(steps: np.ndarray) -> dict[str, np.ndarray]:

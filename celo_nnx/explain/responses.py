@@ -17,7 +17,7 @@ import numpy as np
 
 from celo_nnx.explain.record import Recording, fullest
 from celo_nnx.explain.subject import first_layer
-from celo_nnx.interfaces import Controls
+from celo_nnx.interfaces import Controls, TensorSpec
 from celo_nnx.optimizer import LearnedOptimizer
 from celo_nnx.views import TensorView
 
@@ -90,7 +90,7 @@ def respond(
     rule = optimizer.update_rule
     prepared = rule.prepare(tuple(given), jnp.ones((start, 1)), context, controls)
     direction, magnitude, _ = rule(given, prepared, (1,))
-    return optimizer.step(direction, magnitude)[0]
+    return optimizer.step(direction, magnitude, TensorSpec("element", (1,), None, None))[0]
 
 
 def responses(
