@@ -41,7 +41,7 @@ def logged(run_dir: Path) -> int:
     return rows[-1]["iteration"] if rows else 0
 
 
-def wait(child, condition, seconds: float = 120.0) -> None:
+def wait(child, condition, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while child.poll() is None and not condition():
         assert time.monotonic() < end, "waited too long"
@@ -67,11 +67,11 @@ def disturb(run_dir: Path, cache: Path, kind: str, rng: random.Random) -> tuple[
         time.sleep(rng.uniform(0.0, 0.5))
     if kind == "terminated":
         child.send_signal(signal.SIGTERM)
-        _, errors = child.communicate(timeout=120)
+        _, errors = child.communicate(timeout=600)
         assert child.returncode == 0, errors
     else:
         child.kill()
-        _, errors = child.communicate(timeout=120)
+        _, errors = child.communicate(timeout=600)
         assert child.returncode == -signal.SIGKILL, errors
     return before, logged(run_dir), bool(unfinished(run_dir) - old)
 
