@@ -232,9 +232,9 @@ def train(
     start, advance = programs(problem, optimizer, plan)
     rate, seed = jnp.float32(rate), jnp.uint32(seed)
     state, step, curve, seconds = start(rate, seed), 0, [], []
-    if found := checkpoint.load(folder, state):
-        step, state, record = found
-        state, curve = jax.tree.map(jnp.asarray, state), [tuple(row) for row in record["curve"]]
+    if found := checkpoint.load(folder, lambda _: state):
+        step, curve = found.step, [tuple(row) for row in found.record["curve"]]
+        state = jax.tree.map(jnp.asarray, found.state)
     saved = time.monotonic()
     while step < plan.steps:
         begin = time.monotonic()
