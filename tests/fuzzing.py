@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from celo_nnx.errors import UserError
 
 SHARE = float(os.environ.get("CELO_NNX_FUZZ", "0"))
-PATIENCE, WAIT = 10.0, 120.0  # seconds of work, of waiting
+PATIENCE, WAIT = 10.0, 600.0  # seconds of work, of waiting
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "os.truncate")
 
