@@ -6,6 +6,7 @@ known here. A comment before a block says how its commands are tested::
 
     <!-- test: run -->                 as they stand
     <!-- test: short KEY=VALUE ... --> with these overrides; as they stand in the drill
+    <!-- test: drill KEY=VALUE ... --> not at all; in the drill with these overrides
     (nothing)                          cheap ones run, of the others arguments and config are read
 
 Run as a program with ``PAGE FOLDER short|full``, it works through a page in the folder.
@@ -25,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
-    r"(?:^ *<!-- test: (?P<how>run|short)(?P<more>[^>]*) -->\n)?"
+    r"(?:^ *<!-- test: (?P<how>run|short|drill)(?P<more>[^>]*) -->\n)?"
     r'^(?P<indent> *)```(?P<language>\w*)(?: title="(?P<title>[^"]+)")?\n(?P<text>.*?)^(?P=indent)```',
     re.MULTILINE | re.DOTALL,
 )
@@ -41,7 +42,7 @@ OTHERS = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A block of code: its language, title and text, and how commands are tested (``""``, run, short)."""
+    """A block of code; ``how`` its commands are tested (run, short, drill), with ``more`` overrides."""
 
     language: str
     title: str
@@ -111,9 +112,10 @@ def run_command(words: list[str], block: Block, full: bool) -> None:
         arguments = words[1:]
         args = cli._parse(arguments)
         name = f"{args.command} {args.kind}" if hasattr(args, "kind") else args.command
-        if block.how == "short" and not full and hasattr(args, "overrides"):
-            arguments += block.more
-        if block.how or name in CHEAP:
+        if block.how == ("drill" if full else "short") and hasattr(args, "overrides"):
+            suite = args.command == "evaluate"  # whose settings have no section
+            arguments += [override for override in block.more if suite != ("." in override.split("=")[0])]
+        if block.how in ("run", "short") or (block.how and full) or name in CHEAP:
             assert cli.main(arguments) == 0, words
         else:
             read(args)

@@ -31,7 +31,7 @@ def test_its_blocks_run(page: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("page", [p for p in WITH_CODE if any(b.more for b in docs_pages.blocks(PAGES[p]))])
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if any(b.how for b in docs_pages.blocks(PAGES[p]))])
 def test_its_blocks_run_in_full(page: str, tmp_path: Path) -> None:
     work_through(page, tmp_path, "full")
 
