@@ -222,8 +222,8 @@ def within(place: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def check_names_and_share(names: Any, share: Any) -> None:
     """Checks the settings ``datasets`` and ``validation``."""
-    if not isinstance(names, (tuple, list)):
-        raise UserError(f"tasks.datasets = {names!r} is out of range: must be a tuple")
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"tasks.datasets = {names!r} is out of range: must be a tuple of names")
     if not names or len(set(names)) != len(names):
         raise UserError(
             f"tasks.datasets = {tuple(names)!r} is out of range: must be one or more different names"

@@ -109,8 +109,9 @@ def check_size(size: object) -> None:
     require(good, "image_size", size, f"an integer from 1 to {MAX_SIZE}")
 
 
-def check_place(name: object, file: str, data_dir: str) -> None:
+def check_place(name: object, file: str, data_dir: object) -> None:
     """Checks that a data set's name is one, and that the folder of its file exists."""
+    require(isinstance(data_dir, str), "run.data_dir", data_dir, "a folder's path, or empty")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"data set name = {name!r} is not a name: must be letters, digits, '_', '-' and '.'")
     if data_dir and not Path(data_dir).is_dir():
