@@ -200,7 +200,7 @@ def _axes_table(key: str, table: Any) -> tuple[tuple[Any, ...], ...]:
     require(isinstance(table, (tuple, list)), f"optimizer.tensors.{key}", table, legal)
     for row in table:
         row = tuple(row) if isinstance(row, (tuple, list)) else (row,)
-        made = (row[0], *(axes(a) for a in row[1:]))
+        made = (*row[:1], *(axes(a) for a in row[1:]))
         good = len(row) == 3 and isinstance(row[0], str) and None not in made
         require(good, f"optimizer.tensors.{key}", row, "rows of (path, axis, axis)")
         try:

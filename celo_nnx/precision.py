@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from celo_nnx.errors import unknown
+from celo_nnx.errors import is_name, unknown
 
 Array = jax.Array
 PyTree = Any
@@ -43,7 +43,7 @@ class Storage:
     rounding: str = "stochastic"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
+        if not is_name(self.dtype, DTYPES):
             raise unknown("optimizer.state.dtype", self.dtype, DTYPES)
         if self.rounding not in ROUNDINGS:
             raise unknown("optimizer.state.rounding", self.rounding, ROUNDINGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from celo_nnx.errors import UserError, require, unknown
+from celo_nnx.errors import UserError, is_number, require, unknown
 from celo_nnx.precision import Storage
 from celo_nnx.sharding import Given
 from celo_nnx.tensors import Tensors
@@ -36,7 +36,8 @@ class Settings:
     shardings: Given = ()
 
     def __post_init__(self) -> None:
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
+        good = is_number(self.weight_decay) and self.weight_decay >= 0
+        require(good, "weight_decay", self.weight_decay, "a number of at least 0")
         require(type(self.tile) is int and self.tile >= 0, "tile", self.tile, "an integer of at least 0")
         if self.kernel not in KERNEL_NAMES:
             raise unknown("kernel", self.kernel, KERNEL_NAMES)
