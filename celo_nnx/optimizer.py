@@ -40,7 +40,7 @@ from celo_nnx.kernel import TensorKernel
 from celo_nnx.pallas_kernel import PallasKernel
 from celo_nnx.precision import mix
 from celo_nnx.settings import KERNEL_NAMES, Settings
-from celo_nnx.sharding import Layout, layout, state_shardings, update_shares
+from celo_nnx.sharding import Layout, check_given, layout, state_shardings, update_shares
 from celo_nnx.tensors import (
     Tensors,
     axes_in_words,
@@ -200,6 +200,7 @@ class LearnedOptimizer(nnx.Module):
     def _groups(self, params: PyTree, table: dict[str, str]) -> dict[str, list[TensorSpec]]:
         """Returns the learned tensors by name of their shape and layout, in flatten order."""
         groups: dict[str, list[TensorSpec]] = {}
+        check_given(self.settings.shardings, params)
         specs, given = self.specs(params), dict(self.settings.shardings)
         for path, leaf in tensor_paths(params):
             if table[path] != LEARNED or not leaf.size:

@@ -52,8 +52,12 @@ def given_shardings(tree: PyTree, params: PyTree) -> Given:
     wrong = next((path for path, x in found.items() if not leaf(x)), None)
     if wrong is not None:
         raise UserError(f"the sharding of {wrong!r} is a {type(found[wrong]).__name__}, not a NamedSharding")
+    if not found:
+        return ()  # optax.partition may leave a rule nothing
     meshes = {x.mesh for x in found.values() if isinstance(x, NamedSharding)}
-    if len(meshes) != 1:
+    if not meshes:
+        raise UserError("no parameter has a NamedSharding: split some over a mesh, or give no shardings")
+    if len(meshes) > 1:
         raise UserError(f"the shardings have {len(meshes)} meshes: all parameters must lie on one mesh")
     (mesh,) = meshes
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -61,10 +65,18 @@ def given_shardings(tree: PyTree, params: PyTree) -> Given:
         raise UserError(f"the mesh has explicit axes: make it with jax.make_mesh(..., axis_types={kinds})")
     whole = NamedSharding(mesh, PartitionSpec())
     out = {path: x if isinstance(x, NamedSharding) else whole for path, x in found.items()}
-    for path, param in tensor_paths(params):
-        if path in out:
-            check_divides(path, param.shape, out[path])
-    return tuple(sorted(out.items()))
+    given = tuple(sorted(out.items()))
+    check_given(given, params)
+    return given
+
+
+def check_given(given: Given, params: PyTree) -> None:
+    """Refuses shardings that are not those of these parameters."""
+    found = dict(given)
+    for path, param in tensor_paths(params) if given else ():
+        if path not in found:
+            raise UserError(f"the shardings have nothing for {path!r}: use given_shardings(tree, params)")
+        check_divides(path, param.shape, found[path])
 
 
 def check_divides(path: str, shape: tuple[int, ...], sharding: NamedSharding) -> None:

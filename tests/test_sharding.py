@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import optax
 import pytest
 
-from celo_nnx.sharding import layout
+from celo_nnx import load_optimizer
+from celo_nnx.errors import UserError
+from celo_nnx.sharding import given_shardings, layout
 from celo_nnx.tensors import Tensors
 
 LAYOUTS = {"both", "rows", "columns", "replicas", "data and fsdp", "tiles", "rolling"}
@@ -58,7 +62,7 @@ def test_refusals(figures: dict[str, Any]) -> None:
     said = figures["refusals"]
     assert said["indivisible"] == "axis 0 of 'a/kernel', shape (6, 8), is not divided by the mesh's fsdp=4"
     assert "has 3 axes" in said["rank"] and "AxisType.Auto" in said["explicit"]
-    assert "'a/kernel'" in said["name"] and "is a str" in said["kind"] and "0 meshes" in said["none"]
+    assert "'a/kernel'" in said["name"] and "is a str" in said["kind"] and "no parameter" in said["none"]
 
 
 def test_splits_that_are_kept() -> None:
@@ -78,3 +82,17 @@ def test_splits_that_are_kept() -> None:
     assert shards("mha/query/kernel", None, None, "tensor") == ((16, 32), ((), ()))
     assert shards("mha/query/bias", "tensor") == ((16,), (("tensor",),))
     assert shards("conv/kernel", None, None, "fsdp", "tensor") == ((72, 8), ((), ("tensor",)))
+
+
+def test_shardings_are_those_of_the_parameters() -> None:
+    """A setting made for another model is refused, by name; a part of optax.partition may have nothing."""
+    from jax.sharding import AbstractMesh, AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    on = NamedSharding(AbstractMesh((4,), ("fsdp",), axis_types=(AxisType.Auto,)), P("fsdp"))
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")  # noqa: E731
+    split = load_optimizer("celo2").with_settings(shardings=given_shardings(on, {"a": array(8, 16)}))
+    for params, said in (({"b": array(8, 16)}, "nothing for 'b'"), ({"a": array(6, 16)}, "not divided")):
+        with pytest.raises(UserError, match=said):
+            split.state_shardings(params)
+    assert given_shardings({"a": on}, {"a": optax.MaskedNode()}) == ()
