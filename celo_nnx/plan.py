@@ -52,8 +52,8 @@ def plan(
     Yields:
       A row for each: ``model, mesh, devices, optimizer, params`` (numbers of the model); ``params_bytes,
       state_bytes, temp_bytes`` of one device; ``gflop``, the floating-point operations of one device, 10^9;
-      ``traffic_bytes``, what it must at least read and write: gradients, parameters and state once each,
-      temporaries once each way; ``compile_s`` and the ``platform`` compiled for.
+      ``traffic_bytes``, what it must at least read and write: gradients are read; parameters, state and
+      temporaries read and written, once each; ``compile_s`` and the ``platform`` compiled for.
 
     Raises:
       UserError: an unknown model, optimizer or mesh axis, a mesh that does not divide the model, or more
@@ -137,7 +137,7 @@ def _figures(name: str, shapes: PyTree, places: PyTree, overrides: Sequence[str]
     state = _placed(jax.eval_shape(tx.init, shapes), state_places)
 
     def update(grads: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, value=0.0)  # a loss, for those that follow it
         return optax.apply_updates(params, updates), state
 
     start = time.perf_counter()
@@ -178,7 +178,7 @@ def _bytes(tree: PyTree) -> int:
 
 def _peer(name: str, shapes: PyTree, places: PyTree, overrides: Sequence[str]) -> tuple[Any, PyTree]:
     """Returns one of optax's optimizers, and where its state lies: like its parameters."""
-    tx = PEERS[name]()
+    tx = optax.with_extra_args_support(PEERS[name]())
     everywhere = NamedSharding(jax.tree.leaves(places)[0].mesh, PartitionSpec())
     at = dict(tensor_paths(places))
     state = jax.eval_shape(tx.init, shapes)

@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from celo_nnx.cli import main
 from celo_nnx.errors import UserError
-from celo_nnx.model_shapes import mesh_sizes, model_shapes, shardings
+from celo_nnx.model_shapes import MODELS, Model, mesh_sizes, model_shapes, shardings
+from celo_nnx.plan import plan
 from celo_nnx.sharding import given_shardings
 from celo_nnx.work import floating_point_work
 
@@ -53,6 +54,12 @@ def test_bytes_are_those_of_the_shapes() -> None:
     products = 5 * depth * (4 * 3 * 2 * d**3 + 2 * (2 * 2 * d * d * 4 * d + 2 * d**3))
     assert 1.0 < rows["fsdp=2,tensor=2", "celo2"]["gflop"] * 1e9 / (products / 4) < 1.15
     assert rows["fsdp=2,tensor=2", "celo2"]["temp_bytes"] > 0
+
+
+def test_rules_that_follow_the_loss_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "tiny", Model(1, 16, tokens=32, positions=8))
+    ((row,), params) = list(plan("tiny", optimizers=["celo_phase1"])), 12 * 16 * 16 + 40 * 16 + 15 * 16
+    assert row["params_bytes"] == 4 * params and row["state_bytes"] > row["params_bytes"]
 
 
 def test_work_counts_loops_branches_and_products() -> None:
