@@ -403,7 +403,7 @@ def load_optimizer(
     try:
         return build(config, jax.random.key(0), start)
     except UserError as error:
-        hint = f" (weights={HAND_MADE!r} needs no file)" if weights is None and own != HAND_MADE else ""
+        hint = f" (weights={HAND_MADE!r} needs no file)" if weights is None and own in str(error) else ""
         raise UserError(f"{error}{hint}") from None
 
 
