@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Container, Iterable
+import sysconfig
+import traceback
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
 
 LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32
 MOST_WIDTH = 4096
@@ -36,6 +40,41 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(f"unknown {what} {name!r}{hint}; known: {', '.join(known)}")
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Tells an error in code that the caller wrote in one line, with the line of it where there is one.
+
+    Args:
+      what: what the code is, such as ``"the loss"``.
+
+    Raises:
+      UserError: in the place of any other exception, which is its cause.
+
+    Example:
+      >>> with told("the loss"):
+      ...     1 / 0
+      Traceback (most recent call last):
+      celo_nnx.errors.UserError: the loss failed: ZeroDivisionError: division by zero
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = str(error).strip().split("\n")[0]
+        raise UserError(f"{what} failed: {type(error).__name__}: {message}{_own_line(error)}") from error
+
+
+def _own_line(error: Exception) -> str:
+    """Returns the innermost line of an error that lies in no installed package, in brackets, or nothing."""
+    paths = sysconfig.get_paths()
+    installed = (str(Path(__file__).parent), paths["stdlib"], paths["purelib"], paths["platlib"])
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if Path(frame.filename).is_file() and not frame.filename.startswith(installed):
+            return f" ({frame.filename}, line {frame.lineno})"
+    return ""
 
 
 def require(condition: bool, name: str, value: object, legal: str) -> None:

@@ -290,12 +290,18 @@ def _grouped(
             parts = [getattr(families[i], split) for i in members]
             forms = [{k: (v.shape[1:], v.dtype) for k, v in part.items()} for part in parts]
             sizes = [len(next(iter(part.values()), ())) for part in parts]
+            what = "training" if split == "train" else split
             for i, part, form, size in zip(members, parts, forms, sizes, strict=True):
-                if form != forms[0] or size < 1 or any(len(v) != size for v in part.values()):
-                    what = "training" if split == "train" else split
+                if form != forms[0]:
                     raise UserError(
                         f"the {what} arrays of task family {families[i].name!r} do not fit those of "
                         f"{families[members[0]].name!r}, whose task is the same: {form} against {forms[0]}"
+                    )
+                if size < 1 or any(len(v) != size for v in part.values()):
+                    lengths = {k: len(v) for k, v in part.items()}
+                    raise UserError(
+                        f"the {what} arrays of task family {families[i].name!r} must have one length, "
+                        f"a number of examples above 0: {lengths}"
                     )
             start[split], count[split] = tuple(np.cumsum([0, *sizes[:-1]]).tolist()), tuple(sizes)
             arrays[split] = {k: jax.device_put(np.concatenate([part[k] for part in parts])) for k in parts[0]}

@@ -6,11 +6,12 @@ of the user's own, being a program, may add the line itself (:class:`ModuleTask`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from celo_nnx.errors import UserError, is_name, unknown
+from celo_nnx.errors import UserError, is_name, told, unknown
 from celo_nnx.interfaces import Family, Task
 from celo_nnx.tasks.analytic import Analytic, Quadratic
 from celo_nnx.tasks.autoencoder import Autoencoder
@@ -78,9 +79,12 @@ def build_families(tasks_config: Mapping[str, Any], data_dir: str = "") -> list[
       ['digits']
     """
     section = complete(tasks_config)
+    build = TASKS[section["kind"]]
+    ours = getattr(build, "__module__", "").startswith("celo_nnx.")
     made = []
     for suffix, one in combinations(section):
-        families = TASKS[section["kind"]](one, data_dir)
+        with contextlib.nullcontext() if ours else told(f"task {section['kind']!r}"):
+            families = build(one, data_dir)
         made += [dataclasses.replace(f, name=f.name + suffix) for f in families] if suffix else families
     return made
 

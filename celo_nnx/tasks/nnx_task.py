@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from celo_nnx.errors import told
 from celo_nnx.interfaces import Array, PyTree, Task
 from celo_nnx.tasks.fields import check_counts, check_positive, clipped, pick_examples
 
@@ -121,11 +122,13 @@ class ModuleTask(ModelTask):
 
     def new_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the model."""
-        return self.make(rngs)
+        with told("make(rngs) of a ModuleTask"):
+            return self.make(rngs)
 
     def model_loss(self, model: Any, batch: PyTree, key: Array) -> Array:
         """Returns the objective."""
-        return self.objective(model, batch, key)
+        with told("objective(model, batch, key) of a ModuleTask"):
+            return self.objective(model, batch, key)
 
     def normalize(self, loss: Array) -> Array:
         """Returns ``clip(loss, -loss_limit, loss_limit)``, NaN becoming the upper bound."""

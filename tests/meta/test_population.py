@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_a_scalar_is_named(toy, result, message):
     [
         ({"train": {"x": np.zeros((4, 3), np.float32)}}, "training arrays of task family 'b' do not fit"),
         ({"train": {"y": np.zeros(4, np.float32)}}, "'b' do not fit"),
-        ({"train": {"x": np.zeros(0, np.float32)}}, "'b' do not fit"),
+        ({"train": {"x": np.zeros(0, np.float32)}}, "'b' must have one length, .* above 0: {'x': 0}"),
         ({"validation": {"x": np.zeros(4, np.int32)}}, "validation arrays of task family 'b' do not fit"),
     ],
 )

@@ -9,7 +9,7 @@ from flax import nnx
 
 from celo_nnx.errors import UserError
 from celo_nnx.interfaces import Family
-from celo_nnx.tasks import ModuleTask
+from celo_nnx.tasks import TASKS, ModuleTask, build_families
 
 
 class Net(nnx.Module):
@@ -86,3 +86,16 @@ def test_values_out_of_range() -> None:
         ModuleTask(Net, cross_entropy, batch_size=0, loss_limit=3.0)
     with pytest.raises(UserError, match="loss_limit = -1"):
         ModuleTask(Net, cross_entropy, batch_size=1, loss_limit=-1)
+
+
+def test_mistakes_in_code_are_told_with_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^make\(rngs\) of a ModuleTask failed: TypeError: .*argument"):
+        ModuleTask(lambda: Net(nnx.Rngs(0)), cross_entropy, batch_size=1, loss_limit=1.0)
+    task = ModuleTask(lambda rngs: nnx.Linear(5, 3, rngs=rngs), cross_entropy, batch_size=1, loss_limit=1.0)
+    params, state = task.init(jax.random.key(0))
+    batch = {"x": jnp.ones((1, 6)), "y": jnp.zeros(1, jnp.int32)}
+    with pytest.raises(UserError, match=r"^objective\(.*\) .*: .*\(6,\).*\(.*test_nnx_task.py, line \d+\)"):
+        task.loss(params, state, jax.random.key(0), batch)
+    monkeypatch.setitem(TASKS, "mine", lambda settings, data_dir: open("missing.npz"))
+    with pytest.raises(UserError, match=r"^task 'mine' failed: FileNotFoundError.*task.py, line \d+\)"):
+        build_families({"kind": "mine"})
