@@ -108,6 +108,8 @@ def presets() -> dict[str, tuple[str, bool]]:
 
 def _preset(name: str, argument: str) -> ConfigDict:
     """Runs ``get_config`` of a preset by name."""
+    if "=" in name:
+        raise UserError(f"no config before {name!r}: name one first, as celo2:fast_digits or a .py file")
     known = presets()
     if name not in known:
         raise unknown("config", name, known)

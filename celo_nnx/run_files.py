@@ -78,10 +78,15 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def agree(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
-    """Raises a :class:`UserError` that names every key outside ``run`` in which two configs differ."""
+    """Raises a :class:`UserError` that names the keys outside ``run`` in which two configs differ.
+
+    Of a part that was swapped, its kind.
+    """
     found = differences(mine, theirs)
     if found:
-        text = "; ".join(f"{key} = {a!r} here, {b!r} there" for key, a, b in found)
+        swapped = tuple(key.removesuffix("kind") for key, _, _ in found if key.endswith(".kind"))
+        shown = [one for one in found if one[0].endswith(".kind") or not one[0].startswith(swapped)]
+        text = "; ".join(f"{key} = {a!r} here, {b!r} there" for key, a, b in shown)
         raise UserError(
             f"the config differs from that of {where}: {text} (only run.* may change; use a new --run-dir)"
         )

@@ -40,6 +40,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["replay", "x.npz", "--set", "tile=2", "--twin"], "of the composed optimizer only"),
         (["bench", "mata"], "mata"),
         (["describe", "celo22"], "unknown config 'celo22' (did you mean 'celo2'?)"),
+        (["describe", "seed=1"], "no config before 'seed=1': name one first"),
         (["describe", "nowhere.py"], "nowhere.py"),
         (["describe", "celo2", "optimizer.scheduel.value=1"], "schedule"),
         (["describe", "celo2", "seed=x"], "seed"),
