@@ -170,6 +170,8 @@ def near(value: Any) -> st.SearchStrategy[Any]:
 def altered(draw: Any, tree: Any) -> Any:
     """Nested dicts and lists with values put in, keys lost, new or renamed; ``tree`` itself is left alone."""
     tree = copy.deepcopy(tree)
+    # A value may be drawn again after it was altered here.
+    fresh = lambda strategy: copy.deepcopy(draw(strategy))  # noqa: E731
     for _ in range(draw(st.sampled_from((0, 1, 1, 1, 2, 3)))):
         node, keys = tree, _keys(tree)
         while keys:
@@ -181,11 +183,11 @@ def altered(draw: Any, tree: Any) -> Any:
             return tree
         kind = draw(st.sampled_from(("put", "put", "put", "drop", "add", "rename")))
         if kind == "put":
-            node[key] = draw(near(node[key]) if draw(st.booleans()) else values)
+            node[key] = fresh(near(node[key]) if draw(st.booleans()) else values)
         elif isinstance(node, list):
-            node[key:] = [] if kind == "drop" else [draw(values), *node[key:]]
+            node[key:] = [] if kind == "drop" else [fresh(values), *node[key:]]
         elif kind == "add":
-            node[draw(misspelt(str(key)))] = draw(values)
+            node[draw(misspelt(str(key)))] = fresh(values)
         else:
             value = node.pop(key)
             if kind == "rename":
