@@ -112,7 +112,8 @@ def module_step() -> dict[str, float]:
         shardings = None
         if split:
             params = nnx.state(model, nnx.Param)
-            shardings = jax.tree.map(lambda p: NamedSharding(on, P("fsdp", "tensor")[-p.ndim :]), params)
+            axes = ("fsdp", "tensor")
+            shardings = jax.tree.map(lambda p, axes=axes: NamedSharding(on, P(*axes[-p.ndim :])), params)
             nnx.update(model, jax.device_put(params, shardings))
         optimizer = nnx.Optimizer(model, celo_nnx.celo2(1e-2, shardings=shardings), wrt=nnx.Param)
 

@@ -204,7 +204,7 @@ def test_hostile_sizes_take_no_memory(tmp_path: Path) -> None:
     settings = config()
     settings["optimizer"]["update_rule"]["hidden"] = [10**9, 10**9]
     text = run_report.write(made_run.make(tmp_path / "a", config=settings)).read_text("utf-8")
-    assert "meta-parameters: 1,000,000,035,000,000,003" in text
+    assert "optimizer cannot be built here: " in text and "1000000000" in text
 
 
 @pytest.mark.parametrize("section", [None, 3, [], {}, {"accumulators": {}}, "unknown", "type"])
