@@ -59,4 +59,6 @@ def lines(what: str) -> str:
 
 def _table(title: str, names: Mapping[str, str]) -> str:
     width = max((len(name) for name in names), default=0)
-    return "\n".join([title, *(f"  {name:<{width}}  {about}".rstrip() for name, about in names.items())])
+    # First lines of docstrings have the marks of their markup.
+    plain = {name: about.replace("``", "").removesuffix("::") for name, about in names.items()}
+    return "\n".join([title, *(f"  {name:<{width}}  {about}".rstrip() for name, about in plain.items())])
