@@ -74,7 +74,7 @@ def compare(
         return {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
 
     # Every feature and every mean over a tensor shows in the step. VeLO's logarithms of statistics amplify
-    # rounding: with a random theta 7e-6 to 4e-5 on three trees (unsplit, noise of 6e-8 in gradients does the same).
+    # rounding: with a random theta 7e-6 to 4e-5 on three trees; so does, unsplit, noise of 6e-8 in gradients.
     theta = {"kind": "hand_made", "noise": 0.01} if variant == "velo" else {"kind": "random"}
     params, optimizer = fill(), build(load(variant, overrides).optimizer, jax.random.key(0), theta)
     whole = optimizer.as_optax(num_steps=10, weight_decay=0.1)
