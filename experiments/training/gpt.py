@@ -17,17 +17,13 @@ from flax import nnx
 
 from celo_nnx.errors import MissingData, UserError, require
 from celo_nnx.experiments.training import study
-from celo_nnx.experiments.training.loop import Problem
+from celo_nnx.experiments.training.loop import OPTIMIZERS, Problem
 from celo_nnx.tasks.text import Text, load_file, load_text
 
 Array = jax.Array
 
 BATCHES = 16  # of validation
 BASE_WIDTH = 32  # where width multipliers are 1
-# Factors of the rate of the blocks' matrices, as powers of width over base width, with which a step moves
-# the next layer as much at every width. Unscaled, Adam's moves it in proportion to the width, an orthogonal
-# one of RMS 1 to its root, and Muon's, whose singular values are 1, alike.
-WIDTH_POWERS = {"adamw": -1.0, "muon": 0.0, "celo2": -0.5}
 
 
 class Block(nnx.Module):
@@ -147,7 +143,7 @@ def problem(
         options = dict(gain=1 / ratio, scale=(heads / BASE_WIDTH) ** 0.5 / ratio)
 
     def adjust(optimizer: str, tx: optax.GradientTransformation) -> optax.GradientTransformation:
-        scale = optax.scale(ratio ** WIDTH_POWERS[optimizer])
+        scale = optax.scale(ratio ** OPTIMIZERS[optimizer].width_power)
         return optax.chain(tx, optax.masked(scale, hidden)) if width_multipliers else tx
 
     model = functools.partial(GPT, text.vocabulary, context, width, depth, heads, **options)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from celo_nnx.compiled import keep_compiled
 from celo_nnx.errors import UserError, is_number, printable, require, unknown
 from celo_nnx.evaluation.progress import Progress
-from celo_nnx.experiments.training.loop import OPTIMIZERS, Plan, Problem, Run, train
+from celo_nnx.experiments.training.loop import COMPARED, OPTIMIZERS, Plan, Problem, Run, train
 from celo_nnx.files import read_json, told, write_json
 from celo_nnx.lock import hold
 
@@ -144,7 +144,9 @@ def parser(
         allow_abbrev=False,
     )
     names = ",".join(OPTIMIZERS)
-    made.add_argument("--optimizers", default=names, help=f"some of {names}, all by default")
+    made.add_argument(
+        "--optimizers", default=",".join(COMPARED), help=f"some of {names}, default %(default)s"
+    )
     made.add_argument("--steps", type=count, default=steps, help="updates of a run, default %(default)s")
     made.add_argument("--every", type=count, help="updates between validations, default a twentieth of them")
     made.add_argument("--batch-size", type=count, default=batch_size, help="default %(default)s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from flax import nnx
 
 import celo_nnx
 from celo_nnx.experiments.training import conv_net, gpt, images, loop, picture, scaling, study, vit
-from celo_nnx.experiments.training.loop import Optimizer, Plan, Problem, Run
+from celo_nnx.experiments.training.loop import Plan, Problem, Run
 from celo_nnx.meta import checkpoint
 
 TINY = ["--width", "8", "--depth", "1", "--heads", "2", "--context", "8", "--batch-size", "2"]
@@ -33,7 +34,7 @@ def no_compiled_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def one_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every optimizer has one rate and no other."""
-    made = {name: Optimizer(one.make, (-5, -5)) for name, one in loop.OPTIMIZERS.items()}
+    made = {name: dataclasses.replace(one, grid=(-5, -5)) for name, one in loop.OPTIMIZERS.items()}
     monkeypatch.setattr(loop, "OPTIMIZERS", made)
     monkeypatch.setattr(study, "OPTIMIZERS", made)
     monkeypatch.setattr(study, "LIMIT", 0)
