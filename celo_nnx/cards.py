@@ -64,8 +64,8 @@ def write_card(
       The card.
 
     Raises:
-      UserError: a folder is not what it should be, theta is not in both evaluations or not of the run, or
-        the selection rule prefers another candidate.
+      UserError: a folder is not what it should be, theta is not in both evaluations or not of the run, there
+        is no other candidate, or the selection rule prefers another one.
     """
     out, run = Path(out), RunFolder(run_dir)
     name = out.absolute().name
@@ -79,6 +79,10 @@ def write_card(
     rivals = {s.label: s for s in standings(chosen)}
     parts = _decided(chosen, label).get("learned")
     candidates = {k: s for k, s in rivals.items() if _decided(chosen, k).get("learned") == parts}
+    if len(candidates) < 2:
+        raise UserError(
+            f"{selection} has no candidate but {label!r}: evaluate its start and snapshots there too"
+        )
     best = max(candidates, key=lambda k: candidates[k].score["iqm"].value)
     if candidates[best].score["iqm"].value > candidates[label].score["iqm"].value:
         raise UserError(f"{selection}: the selection rule prefers {best!r} to {label!r}: {RULE}")

@@ -14,7 +14,7 @@ Weights: meta-trained ones come with the package and are the default; ``celo_nnx
 what they are, and ``experiments/weights/README.md`` where they are good and where they fail.
 
 Learning rate: the RMS of a matrix's step, whatever the gradient's scale. The default is what the cards
-recommend for a constant rate on small networks; search half-decades around 3e-3 with a decaying schedule.
+recommend for a constant rate on small networks; search half-decades around it.
 Weight decay is decoupled and multiplied by the learning rate, as in ``optax.adamw``.
 """
 
@@ -81,7 +81,7 @@ def celo2(
 
     Example:
       >>> import jax.numpy as jnp, optax, celo_nnx
-      >>> tx = celo_nnx.celo2(optax.cosine_decay_schedule(3e-3, 1000), weight_decay=0.1)
+      >>> tx = celo_nnx.celo2(optax.cosine_decay_schedule(1e-3, 1000), weight_decay=0.1)
       >>> params = {"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}
       >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)

@@ -123,6 +123,10 @@ def test_what_the_rule_does_not_choose_gets_no_card(folders: dict[str, Any], tmp
         cards.write_card(out=tmp_path / "new", **folders | {"theta": tmp_path / "foreign.safetensors"})
     with pytest.raises(UserError, match="out = .* a new folder"):
         cards.write_card(out=tmp_path, **folders)
+    alone = {"best": (read_metadata(folders["theta"])["digest"], 1.5)}
+    selection = evaluation(tmp_path / "alone", alone)
+    with pytest.raises(UserError, match="alone has no candidate but 'best'"):
+        cards.write_card(out=tmp_path / "new", **folders | {"selection": selection})
     assert not (tmp_path / "new").exists()
 
 

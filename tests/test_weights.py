@@ -17,6 +17,7 @@ from celo_nnx.build import build
 from celo_nnx.cards import FIRST
 from celo_nnx.config import load
 from celo_nnx.errors import UserError
+from celo_nnx.evaluation.aggregates import aggregate
 from celo_nnx.evaluation.contenders import contenders
 from celo_nnx.meta.checkpoint import digest, flatten
 from celo_nnx.run_files import differences, resolve
@@ -67,6 +68,47 @@ def test_a_record_agrees_with_its_card(name: str) -> None:
     best = max(card["selection"]["candidates"], key=lambda row: row["final_loss_iqm"][0])
     assert best["chosen"] and best["theta"] == card["digest"], "the selection rule chose another one"
     assert (record / "run.html").read_text().startswith("<!")
+
+
+def rows_of(file: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((RECORDS / file).read_text().splitlines()))
+
+
+def told(row: dict[str, str], what: str) -> str:
+    """An interquartile mean and its interval as the model card writes them."""
+    return "{:.2f} ({:.2f} to {:.2f})".format(
+        *(float(row[f"{what}_iqm{end}"]) for end in ("", "_low", "_high"))
+    )
+
+
+def test_the_model_card_says_what_the_records_say() -> None:
+    text = " ".join((RECORDS / "README.md").read_text().split())
+    local = {row["optimizer"]: row for row in rows_of("celo2/summary.csv")}
+    for name, label in (("celo2", "celo2, these weights"), ("muon", "muon")):
+        row = local[name]
+        assert f"| {label} | {told(row, 'score')} | at least {told(row, 'speedup')} |" in text
+        assert int(row["speedup_lower_bounds"]) > 0
+    short = {row["optimizer"]: told(row, "score") for row in rows_of("celo2_base/summary.csv")}
+    assert f"it has {short['celo2']} of Adam's score" in text
+    assert f"{short['celo2_base']} on `smoke`" in text
+    for name in NAMES:
+        best = next(row for row in weights.card(name)["selection"]["candidates"] if row["chosen"])
+        assert "{:.2f} ({:.2f} to {:.2f})".format(*best["final_loss_iqm"]) in text
+
+
+def test_the_model_card_says_how_the_language_models_went() -> None:
+    text = (RECORDS / "README.md").read_text()
+    rows = [row for row in rows_of("celo2/scores.csv") if row["task"].startswith(("rnn_", "transformer_"))]
+    tasks = sorted({row["task"] for row in rows})
+    for name in ("celo2", "muon"):
+        found = []
+        for what, digits in (("score", 3), ("speedup", 2)):
+            table = [
+                [float(r[what]) for r in rows if (r["optimizer"], r["task"]) == (name, t)] for t in tasks
+            ]
+            mean = aggregate(np.asarray(table).T, "iqm")
+            found.append("{:.{d}f} ({:.{d}f} to {:.{d}f})".format(mean.value, mean.low, mean.high, d=digits))
+        assert f"| {name} | {found[0]} | {found[1]} |" in text
 
 
 @pytest.mark.parametrize("name", NAMES)
