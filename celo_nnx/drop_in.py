@@ -3,7 +3,7 @@
 ========================  ==================================================================================
 ``celo2``                 Matrices are orthogonalized as in Muon; biases, scales, embeddings take Adam at 20
                           times the learning rate. The first choice for networks of matrices: transformers,
-                          MLPs, convolutions. Costs what Muon costs.
+                          MLPs, convolutions. Costs what Muon costs, products in float32 or bfloat16 alike.
 ``celo2_base``            The learned rule alone, one rule for every tensor. No matrix products: for models
                           that are mostly embeddings or very wide, where Newton-Schulz costs too much.
 ``celo``                  A learned schedule too: nothing to tune, but it must know ``num_steps`` and see the
@@ -48,6 +48,7 @@ def celo2(
     dimensions: PyTree | Callable[[PyTree], PyTree] | None = None,
     shardings: PyTree | Callable[[PyTree], PyTree] | None = None,
     state_dtype: str = "float32",
+    orthogonalization_dtype: str = "float32",
     diagnostics: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Celo2 (ICLR 2026): a learned rule and Newton-Schulz on matrices, Adam on the other tensors.
@@ -70,6 +71,8 @@ def celo2(
         jit: ``jax.jit(tx.init)(params)``.
       state_dtype: ``"float32"`` (16 bytes a parameter of a matrix) or ``"bfloat16"`` (8, stochastically
         rounded; a step differs by about 1 % of its RMS).
+      orthogonalization_dtype: ``"float32"``; or ``"bfloat16"`` for what Newton-Schulz's matrix products read,
+        as Muon in bfloat16: much faster where a GPU or TPU has units for it.
       diagnostics: keep per-tensor figures in the state; see :func:`celo_nnx.diagnostics`.
 
     Returns:
@@ -168,9 +171,11 @@ def celo(
 
 
 def _transformation(
-    variant: str, weights: Any, state_dtype: str, **arguments: Any
+    variant: str, weights: Any, state_dtype: str, orthogonalization_dtype: str = "", **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
     overrides = (f"optimizer.state.dtype={state_dtype}",)
+    if orthogonalization_dtype:
+        overrides += (f"optimizer.orthogonalization.dtype={orthogonalization_dtype}",)
     theta = weights if isinstance(weights, Mapping) else None
     path = None
     if weights is not None and theta is None:

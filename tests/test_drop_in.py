@@ -81,10 +81,24 @@ def test_step_sizes_are_what_the_documentation_says(name: str) -> None:
             np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates["b"] ** 2)), 0.1, rtol=1e-4)
 
 
+def test_matrix_products_read_what_was_asked() -> None:
+    """In bfloat16 a step differs by the rounding of Newton-Schulz's products, some 1e-2, and by no more."""
+    key, steps = jax.random.key(0), []
+    params = {"w": jax.random.normal(key, (48, 64))}
+    for dtype in ("float32", "bfloat16"):
+        tx = celo_nnx.celo2(1.0, orthogonalization_dtype=dtype)
+        steps.append(tx.update(params, tx.init(params), params)[0]["w"])
+    difference = jnp.sqrt(jnp.mean((steps[0] - steps[1]) ** 2))  # of steps of RMS 1
+    assert 1e-3 < difference < 5e-2
+    with _raises("unknown dtype 'float16'"):
+        celo_nnx.celo2(orthogonalization_dtype="float16")
+
+
 @pytest.mark.parametrize(
     "dtype,make",
     [
         ("bfloat16", lambda: celo_nnx.celo2(0.1, state_dtype="bfloat16", diagnostics=True)),
+        ("bfloat16", lambda: celo_nnx.celo2(0.1, orthogonalization_dtype="bfloat16")),
         ("float32", lambda: celo_nnx.celo2_base(optax.linear_schedule(0.1, 0.0, 9), 0.1)),
         ("float32", lambda: celo_nnx.celo2_base(jnp.float32(0.1), state_dtype="bfloat16")),
         ("bfloat16", lambda: load_optimizer("celo2_base", ["optimizer.tile=60"]).as_optax(diagnostics=True)),

@@ -88,6 +88,13 @@ def test_the_model_card_says_what_the_records_say() -> None:
         row = local[name]
         assert f"| {label} | {told(row, 'score')} | at least {told(row, 'speedup')} |" in text
         assert int(row["speedup_lower_bounds"]) > 0
+    cosine = {row["optimizer"]: row for row in rows_of("celo2/cosine_summary.csv")}
+    for name, label in (
+        ("celo2@celo2", "these weights"),
+        ("muon", "muon"),
+        ("celo2@hand_made", "`hand_made`)"),
+    ):
+        assert f"{label} | {told(cosine[name], 'score')} | {told(cosine[name], 'speedup')} |" in text
     short = {row["optimizer"]: told(row, "score") for row in rows_of("celo2_base/summary.csv")}
     assert f"it has {short['celo2']} of Adam's score" in text
     assert f"{short['celo2_base']} on `smoke`" in text
