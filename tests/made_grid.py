@@ -78,7 +78,7 @@ def file(folder: Path, text: str = FILE, rate: str = RATE, name: str = "small.py
 def inline(folders: Sequence[CellFolder], stop, tell) -> None:
     """An engine: one cell after the other, here."""
     with fake_run.assembled():
-        for folder in folders:
+        for folder in [one for one in folders if one.result() is None]:
             if stop():
                 return
             tell("started", folder)

@@ -102,15 +102,13 @@ def run(
             if one.state() not in ("done", "running"):
                 one.write(cell)
         names = {folder_of(folder, cell.id).path: cell.name for cell in cells}
-        left = [one for one in folders if one.result() is None]
-        teller = _Teller(names, len(cells) - len(left), len(left))
-        engine(left, asked, teller)
+        before = sum(one.result() is not None for one in folders)
+        engine(folders, asked, _Teller(names, before, len(cells) - before))
     done = sum(one.result() is not None for one in folders)
     failed = sum(one.state() == "failed" for one in folders)
-    computed = done - (len(cells) - len(left))
     signum = int(asked()) if done < len(cells) else 0
     seconds = round(time.monotonic() - begin, 1)
-    return Outcome(str(folder), len(cells), done, computed, failed, signum, seconds)
+    return Outcome(str(folder), len(cells), done, done - before, failed, signum, seconds)
 
 
 def cancel(folder: Path | str) -> int:

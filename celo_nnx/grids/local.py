@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Submits cells and waits for them.
 
         Args:
-          folders: cells without a result, each with its ``cell.json``.
+          folders: all cells of the grid, each with its ``cell.json``; those with a result are left alone.
           stop: a true value has the engine stop its processes, which save, and return.
           tell: called with ``"started"`` or ``"submitted"``, ``"done"``, ``"retried"``, ``"failed"`` or
             ``"adopted"``.
@@ -73,6 +73,9 @@ class _Active:
 class Local:
     """A pool of processes.
 
+    Cores and GPUs are shared out by ``jobs`` and the size of the grid, not by what is left to do: a cell
+    that is run after an interruption has as many as without one, and so the same result.
+
     Attributes:
       jobs: how many cells at a time.
       retries: how many more attempts a cell has that fails or dies.
@@ -93,7 +96,8 @@ class Local:
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`Engine`."""
-        waiting, free = deque(folders), deque(slots(min(self.jobs, max(1, len(folders)))))
+        waiting = deque(folder for folder in folders if folder.result() is None)
+        free = deque(slots(min(self.jobs, max(1, len(folders)))))
         judge = Judge(self.retries, tell)
         active: list[_Active] = []
         try:

@@ -92,11 +92,12 @@ class Slurm:
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`celo_nnx.grids.local.Engine`; what is queued when it returns goes on."""
+        folders = [folder for folder in folders if folder.result() is None]
         name, jobs = read_jobs(self.folder)
         if not name:  # before the first submission, so that its jobs are found whenever the driver dies
             name = f"celo-{secrets.token_hex(6)}"
             write_json(self.folder / JOBS_NAME, {"kind": KIND, "name": name, "jobs": jobs})
-        judge, watch = Judge(self.retries, tell), Watch(list(folders), name)
+        judge, watch = Judge(self.retries, tell), Watch(folders, name)
         queue = in_queue(name)
         # Those whose driver died before it wrote down which is whose.
         _end([job for job in queue if job not in jobs.values()])
@@ -184,7 +185,7 @@ class Watch:
     """Cells whose jobs are waited for.
 
     Attributes:
-      folders: of the grid, in their order.
+      folders: of cells without a result, in their order.
       name: of their jobs.
       starts: by cell that is under way, how many it had before.
     """

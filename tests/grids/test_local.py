@@ -55,6 +55,15 @@ def test_cells_run_a_number_at_a_time(tmp_path):
     assert len(os.sched_getaffinity(0)) == own  # the driver keeps its own
 
 
+def test_a_cell_that_is_left_has_the_cores_of_an_uninterrupted_grid(tmp_path):
+    folders, told = make(tmp_path, *["ok"] * 3), Told()
+    for folder in folders[:2]:
+        (folder.path / "result.json").write_text('{"outcome": {}}')
+    Local(jobs=2, command=command)(folders, lambda: 0, told)
+    assert told.events == [("started", "cell2"), ("done", "cell2")]
+    assert folders[2].result()["outcome"]["cores"] == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
 def test_a_failed_cell_is_tried_again_and_does_not_stop_others(tmp_path):
     folders, told = make(tmp_path, "fail", "die fail ok", "silent", "ok"), Told()
     Local(jobs=2, retries=2, command=command)(folders, lambda: 0, told)

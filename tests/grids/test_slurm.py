@@ -120,7 +120,7 @@ def test_a_driver_waits_for_the_jobs_of_an_earlier_one(tmp_path, cluster):
     Slurm(tmp_path)(folders, lambda: 15 * (folders[1].state() == "done" and folders[0].starts() > 0), tell)
     assert folders[0].state() == "running" and json.loads((tmp_path / "slurm.json").read_text())["jobs"]
     (folders[0].path / "go").touch()
-    Slurm(tmp_path)(folders[:1], lambda: 0, tell)
+    Slurm(tmp_path)(folders, lambda: 0, tell)
     assert len(cluster.arrays) == 1 and folders[0].starts() == 1
     assert [event for event, name in events if name == "cell0"] == ["submitted", "adopted", "done"]
 
