@@ -296,6 +296,8 @@ def _run(
         begin = time.monotonic()
         if loaded is not None:
             state = loaded.state
+            # A kill may have come between the checkpoint and these files.
+            keep_theta(start, processes.to_host(learned(state)))
         else:
             state = works.enter(phase_at(works.phases, 0)).trainer.init(root)
             save(0, state)
@@ -303,8 +305,6 @@ def _run(
             options, total, works, root, state, start, counted, save, stop_or_spoiled
         )
         theta = processes.to_host(learned(state))
-        if iteration == start:  # the file may be older than the checkpoint, after a kill between the two
-            keep_theta(iteration, theta)
     seconds = time.monotonic() - begin
     if signum == NON_FINITE:
         with processes.together():

@@ -114,6 +114,15 @@ def test_snapshots_are_theta_at_their_iterations(whole: Path, tmp_path: Path) ->
     assert not (tmp_path / "b" / training.SNAPSHOTS).exists()
 
 
+def test_a_snapshot_that_a_kill_prevented_is_written_on_resume(tmp_path: Path) -> None:
+    run(tmp_path / "a", 5, snapshots=5)
+    snapshot = tmp_path / "a" / training.SNAPSHOTS / "0000005.safetensors"
+    before = theta_bytes(snapshot)
+    snapshot.unlink()  # as after a kill right after the checkpoint
+    run(tmp_path / "a", 7, snapshots=5)
+    assert theta_bytes(snapshot) == before and read_metadata(snapshot)["iteration"] == "5"
+
+
 def test_log_beyond_the_checkpoint_and_a_torn_line_are_cut(whole: Path, tmp_path: Path) -> None:
     run(tmp_path / "a", 6)
     with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
