@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from celo_nnx import run_report
 from celo_nnx.errors import UserError, require
@@ -26,7 +27,8 @@ from celo_nnx.evaluation.results import ADAM, Results, load_results
 from celo_nnx.evaluation.standings import Standing, standings
 from celo_nnx.files import parse_json, told
 from celo_nnx.meta.checkpoint import digest, flatten
-from celo_nnx.run_files import agree
+from celo_nnx.phases import phase_at, plan
+from celo_nnx.run_files import agree, theta_header
 from celo_nnx.run_folder import RunFolder
 from celo_nnx.run_report import date
 from celo_nnx.theta_io import FILE_NAME, load_theta, read_metadata, save_theta
@@ -72,7 +74,12 @@ def write_card(
     path = Path(theta) if theta is not None else run.path / FILE_NAME
     found, header = load_theta(path), read_metadata(path)
     config = parse_json(header.get("config", "{}"), f"the config in the header of {path}")
-    agree(run.config, config, f"the theta {path}")
+    mine = run.config
+    if header.get("phase"):  # its header has the optimizer of its phase
+        iteration = int(header["iteration"])
+        phase = phase_at(plan(ConfigDict(run.config)), iteration)
+        mine = json.loads(theta_header(run.config, iteration, phase)["config"])
+    agree(mine, config, f"the theta {path}")
     chosen, judged = load_results(selection), load_results(evaluation)
     of_theta = digest(flatten(found), {})
     label, tested = _label(chosen, of_theta), _label(judged, of_theta)

@@ -1,7 +1,7 @@
 """The report of a meta-training run: what ran, how it went and how to use it, as one HTML file.
 
-Everything comes from the run folder as data: the optimizer is built from ``config.json`` with shapes alone,
-so no value in it can take memory, and all text is escaped.
+Everything comes from the run folder as data: the optimizer is built with shapes alone, so no value in its
+config can take memory, and all text is escaped.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from celo_nnx.description import describe
 from celo_nnx.diagram import draw
 from celo_nnx.errors import UserError, printable
 from celo_nnx.evaluation import page, plots
+from celo_nnx.evaluation.contenders import parts_of
 from celo_nnx.evaluation.plots import Line
 from celo_nnx.files import told
 from celo_nnx.meta.runlog import clock
 from celo_nnx.run_files import flat, resolve
 from celo_nnx.run_folder import RunFolder, Start
 from celo_nnx.series import SHARE, WINDOW, even, extremes, mean, running_mean
+from celo_nnx.theta_io import FILE_NAME as THETA_NAME
 
 FILE_NAME = "report.html"
 POINTS = 1000  # of a curve
@@ -80,7 +82,7 @@ def html(run: RunFolder, now: float | None = None) -> str:
     """
     state = run.state(now)
     name = printable(run.path.absolute().name)
-    description, drawing = described(run.config.get("optimizer"), name)
+    description, drawing = described(made_for(run), name)
     preset, changed = compared(run.config)
     data = run.info.get("data")
     return page.render(
@@ -251,17 +253,26 @@ def _start_row(start: Start) -> list[str]:
 
 def usage(path: Path) -> str:
     """Python that makes an optax transformation of the run's theta."""
-    folder = str(path)
     return "\n".join(
         [
-            "import json, pathlib",
+            "import json",
             "from celo_nnx.build import build",
+            "from celo_nnx.theta_io import read_metadata",
             "",
-            f"config = json.loads(pathlib.Path({str(path / 'config.json')!r}).read_text())",
-            f'optimizer = build(config["optimizer"], theta_init={{"kind": "file", "path": {folder!r}}})',
+            f"path = {str(path / THETA_NAME)!r}",
+            'config = json.loads(read_metadata(path)["config"])',
+            'optimizer = build(config["optimizer"], theta_init={"kind": "file", "path": path})',
             "tx = optimizer.as_optax(num_steps=1000)  # the length of your training run",
         ]
     )
+
+
+def made_for(run: RunFolder) -> Any:
+    """Returns the section ``optimizer`` that theta is for, its phase's; without theta the config's."""
+    try:
+        return parts_of(str(run.path / THETA_NAME))
+    except UserError:
+        return run.config.get("optimizer")
 
 
 def described(section: Any, title: str) -> tuple[str, str]:
@@ -280,7 +291,7 @@ def described(section: Any, title: str) -> tuple[str, str]:
     try:
         jax.eval_shape(trace)
     except Exception as error:  # whatever another version or a damaged file holds, the rest is worth a report
-        return f"config.json's optimizer cannot be built here: {' '.join(str(error).split())[:500]}", ""
+        return f"the optimizer cannot be built here: {' '.join(str(error).split())[:500]}", ""
     drawing = base64.b64encode(made[1].encode("utf-8", "backslashreplace")).decode("ascii")
     return made[0], f"data:image/svg+xml;base64,{drawing}"
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from celo_nnx import cards, cli, weights
+from celo_nnx.config import load
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation.cells import Cells
 from celo_nnx.evaluation.results import load_results
@@ -23,9 +24,9 @@ from celo_nnx.theta_io import load_theta, read_metadata, save_theta
 PARTS = {"update_rule": "made"}
 
 
-def theta_file(path: Path, value: float, config: dict[str, Any]) -> str:
+def theta_file(path: Path, value: float, config: dict[str, Any], **more: str) -> str:
     """Writes a theta and returns its digest."""
-    header = {"iteration": "4", "config": canonical(config)}
+    header = {"iteration": "4", "config": canonical(config)} | more
     save_theta(path, {"rule": {"w": np.full(3, value, np.float32)}}, header)
     return read_metadata(path)["digest"]
 
@@ -128,6 +129,21 @@ def test_what_the_rule_does_not_choose_gets_no_card(folders: dict[str, Any], tmp
     with pytest.raises(UserError, match="alone has no candidate but 'best'"):
         cards.write_card(out=tmp_path / "new", **folders | {"selection": selection})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_phase_s_theta_gets_a_card_with_its_optimizer(folders: dict[str, Any], tmp_path: Path) -> None:
+    config = json.loads(load("celo:fast_digits", ["run.iterations=6"]).to_json())
+    change = "optimizer.schedule.rate=none"
+    config["meta"]["phases"] = [{"name": "rule", "iterations": 4, "set": [change]}]
+    config["meta"]["phases"] += [{"name": "schedule", "iterations": 0}]
+    (folders["run_dir"] / "config.json").write_text(json.dumps(config))
+    of_phase = json.loads(load("celo:fast_digits", [change]).to_json())["optimizer"]
+    theta_file(folders["theta"], 1.0, config | {"optimizer": of_phase}, phase="rule")
+    card = cards.write_card(out=tmp_path / "fine", **folders)
+    assert card["config"]["optimizer"] == of_phase != config["optimizer"]
+    theta_file(folders["theta"], 1.0, config, phase="rule")
+    with pytest.raises(UserError, match=r"optimizer\.schedule\.rate = 'none' here"):
+        cards.write_card(out=tmp_path / "new", **folders)
 
 
 def test_the_command(folders: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,7 @@ ALLOWED = {
         "run_files",
         "run_folder",
         "series",
+        "theta_io",
     },
     "grids": LEAVES
     | {
@@ -92,7 +93,8 @@ ALLOWED = {
     },
     "explain": LEAVES
     | {"build", "config", "description", "evaluation", "optimizer", "tasks", "tensors", "weights"},
-    "cards": LEAVES | {"evaluation", "meta", "run_files", "run_folder", "run_report", "theta_io", "weights"},
+    "cards": LEAVES
+    | {"evaluation", "meta", "phases", "run_files", "run_folder", "run_report", "theta_io", "weights"},
     "verify": LEAVES | {"devices", "meta", "run_folder", "theta_io", "training", "weights"},
     "phases": LEAVES | {"config"},
     "run_files": LEAVES | {"lock", "meta", "phases", "processes", "run_folder"},

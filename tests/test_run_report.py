@@ -22,8 +22,9 @@ from celo_nnx.config import load
 from celo_nnx.description import describe
 from celo_nnx.errors import UserError
 from celo_nnx.evaluation import page, plots
+from celo_nnx.meta.checkpoint import canonical
 from celo_nnx.run_folder import RunFolder
-from celo_nnx.theta_io import load_theta
+from celo_nnx.theta_io import FILE_NAME, load_theta, save_theta
 
 BEGIN = made_run.BEGIN
 NASTY = """<script>alert("1")</script>&'$\\foo$"""
@@ -116,7 +117,7 @@ def test_it_is_complete_and_self_contained(made: tuple[Path, list[dict[str, Any]
     drawing = next(v for k, v in page.attributes if k == "src")
     svg = base64.b64decode(drawing.split(",")[1]).decode()
     assert svg.startswith("<svg") and "value=0.25" in svg
-    assert str(folder / "config.json") in text
+    assert str(folder / FILE_NAME) in text
 
 
 def test_its_numbers_are_those_of_the_log(made: tuple[Path, list[dict[str, Any]], str]) -> None:
@@ -219,6 +220,17 @@ def test_an_optimizer_that_cannot_be_built_costs_no_report(section: Any, tmp_pat
     text = run_report.write(made_run.make(tmp_path / "a", config=settings)).read_text("utf-8")
     assert "optimizer cannot be built here: " in text and "<img" not in text
     Page(text)
+
+
+def test_the_optimizer_is_that_of_theta_s_phase(tmp_path: Path) -> None:
+    folder = made_run.make(tmp_path / "a", config=config())
+    section = config("optimizer.schedule.value=0.25")["optimizer"]
+    header = {"config": canonical(config() | {"optimizer": section})}
+    save_theta(folder / FILE_NAME, run_report.build(section).theta, header)
+    used: dict[str, Any] = {}
+    exec(run_report.usage(folder), used)
+    assert json.loads(used["optimizer"].config)["schedule"]["value"] == 0.25
+    assert "value=0.25" in run_report.write(folder).read_text("utf-8")
 
 
 def test_shapes_alone_describe_the_same() -> None:
