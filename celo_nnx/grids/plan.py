@@ -15,9 +15,11 @@ from celo_nnx.evaluation.suites import load_suite
 from celo_nnx.grids.grid_file import MOST, Grid, Labels
 from celo_nnx.meta.checkpoint import canonical
 
-# Meta-losses of cells that differ here are not of one scale.
-SCALES = ("tasks", "meta.objective", "meta.unroll", "meta.augmentation")
-SCALES += tuple(f"meta.estimator.{key}" for key in ("kind", "truncation", "batches", "std"))
+# Meta-losses of cells that differ here are not of one scale; of an estimator and those nested in a mixture,
+# the keys that decide over which inner steps, families and perturbations a meta-loss is a mean.
+SCALES = ("tasks", "meta.objective", "meta.unroll", "meta.augmentation", "meta.phases")
+OF_ESTIMATOR = ("kind", "truncation", "initial_offset", "batches", "std", "leaf_std", "weights")
+OF_ESTIMATOR += ("mode", "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,26 @@ def differing(configs: Iterable[Mapping[str, Any]]) -> list[str]:
     ignored = [key for key in keys if key == "seed" or key.split(".")[0] == "run" and key != "run.iterations"]
     values = {key: {json.dumps(flat.get(key, "(absent)")) for flat in flats} for key in keys}
     return [key for key in keys if key not in ignored and len(values[key]) > 1]
+
+
+def scales(keys: Iterable[str]) -> list[str]:
+    """Returns what of differing configs puts their meta-losses on different scales.
+
+    Args:
+      keys: from :func:`differing`.
+
+    Example:
+      >>> scales(["meta.estimator.first.std", "meta.estimator.pairs", "tasks.hidden", "tasks.kind"])
+      ['meta.estimator.first.std', 'tasks']
+    """
+    found = set()
+    for key in keys:
+        found |= {scale for scale in SCALES if f"{key}.".startswith(f"{scale}.")}
+        parts = key.split(".")
+        if parts[:2] == ["meta", "estimator"]:
+            ends = [end for end, part in enumerate(parts, 1) if part in OF_ESTIMATOR]
+            found |= {".".join(parts[: ends[0]])} if ends else set()
+    return sorted(found)
 
 
 def _suite(grid: Grid) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from celo_nnx.evaluation.plots import Line
 from celo_nnx.files import told
 from celo_nnx.grids.effect_plot import effects_figure
 from celo_nnx.grids.effects import Effect, effects, key
-from celo_nnx.grids.plan import SCALES, differing
+from celo_nnx.grids.plan import differing, scales
 from celo_nnx.grids.status import progress
 from celo_nnx.grids.store import Entry, GridFolder, read_grid
 from celo_nnx.meta.runlog import clock
@@ -141,7 +141,7 @@ def html(grid: GridFolder, rows: Sequence[Row], found: dict[str, list[Effect]]) 
         summary=summary(grid, rows, found),
         notes=notes(rows),
         effects=[
-            {"number": NUMBERS[name][0], "rows": [effect_row(e) for e in some]}
+            {"number": NUMBERS[name][0], "rows": [effect_row(e, name in judged(rows)) for e in some]}
             for name, some in found.items()
         ],
         figures=effect_pictures(found) + figures(grid, rows),
@@ -167,8 +167,8 @@ def summary(grid: GridFolder, rows: Sequence[Row], found: dict[str, list[Effect]
     text = f"{done} of {len(rows)} cells are done"
     text += f", {failed} failed." if failed else "."
     out = [grid.question, text]
-    if found:
-        name, some = next(iter(found.items()))
+    if shown := [name for name in judged(rows) if name in found]:
+        name, some = shown[0], found[shown[0]]
         clear = [e for e in some if e.half_width < abs(e.effect)]
         if clear:
             largest = max(clear, key=lambda e: abs(e.effect))
@@ -188,21 +188,31 @@ def summary(grid: GridFolder, rows: Sequence[Row], found: dict[str, list[Effect]
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader must know before comparing."""
-    keys = differing([row.config for row in rows if row.config]) if any(row.config for row in rows) else []
-    scales = sorted({scale for scale in SCALES for k in keys if k == scale or k.startswith(f"{scale}.")})
     out = []
-    if scales:
+    if found := scales(differ(rows)):
         out.append(
-            f"Cells differ in {', '.join(scales)}: their meta-losses are means over other inner steps or "
-            "tasks and not of one scale. Compare them by what a suite says."
+            f"Cells differ in {', '.join(found)}: their meta-losses are means over other inner steps, "
+            "perturbations or tasks and not of one scale, so that no effect on them is called clear and no "
+            "variant the best. Compare them by what a suite says."
         )
-    if "run.iterations" in keys:
+    if "run.iterations" in differ(rows):
         out.append("Cells differ in run.iterations.")
     return out
 
 
-def effect_row(effect: Effect) -> dict[str, Any]:
-    """One row of the table of effects, as text."""
+def differ(rows: Sequence[Row]) -> list[str]:
+    """Returns in which keys the configs of cells that have begun differ."""
+    configs = [row.config for row in rows if row.config]
+    return differing(configs) if configs else []
+
+
+def judged(rows: Sequence[Row]) -> list[str]:
+    """Returns the numbers by which one cell may be called better than another."""
+    return [name for name in NUMBERS if name != "meta_loss" or not scales(differ(rows))]
+
+
+def effect_row(effect: Effect, judge: bool) -> dict[str, Any]:
+    """One row of the table of effects, as text; bold where it is clear and may be judged."""
     low, high = effect.effect - effect.half_width, effect.effect + effect.half_width
     first = effect.label == effect.reference
     return {
@@ -211,7 +221,7 @@ def effect_row(effect: Effect) -> dict[str, Any]:
         "mean": text(effect.mean),
         "effect": "compared with" if first else signed(effect.effect),
         "ends": f"{signed(low)} to {signed(high)}" if math.isfinite(low) and not first else "",
-        "bold": not first and effect.half_width < abs(effect.effect),
+        "bold": judge and not first and effect.half_width < abs(effect.effect),
         "pairs": f"{effect.seeds} x {effect.combinations}",
         "missing": effect.missing,
     }
@@ -248,9 +258,9 @@ def costs(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def best(rows: Sequence[Row]) -> tuple[Row, str] | None:
     """Returns the best variant by its mean over the seeds, and what by: of variants whose seeds all are done.
 
-    Its row is that of its best seed; None where there is no such variant.
+    Its row is that of its best seed; None where there is no such variant, or nothing to judge by.
     """
-    name = next((n for n in NUMBERS if any(math.isfinite(row.number(n)) for row in rows)), None)
+    name = next((n for n in judged(rows) if any(math.isfinite(row.number(n)) for row in rows)), None)
     if name is None:
         return None
     groups: dict[Any, list[Row]] = {}

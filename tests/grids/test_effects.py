@@ -10,12 +10,15 @@ import made_run
 import numpy as np
 import pytest
 
+from celo_nnx.config import load
 from celo_nnx.errors import UserError
 from celo_nnx.grids import report
 from celo_nnx.grids.drive import run
 from celo_nnx.grids.effects import complete, effects, key
 from celo_nnx.grids.grid_file import load_grid
+from celo_nnx.grids.plan import differing, scales
 from celo_nnx.grids.store import read_grid
+from celo_nnx.run_files import resolve
 
 # Meta-losses by rate, std and seed. The large rate is better by 1, 2 and 3, averaged over std; the large std
 # is worse by 0.5 for every seed.
@@ -84,8 +87,13 @@ def test_what_lacks_most_goes_first():
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
+    # Cells with other pairs, and the same perturbation: their meta-losses are of one scale.
+    return made(tmp_path, made_grid.FILE.replace('"meta.estimator.std=0.1",', "").replace('=4")', '=4",)'))
+
+
+def made(tmp_path: Path, text: str) -> Path:
     """A grid whose cells have made-up results, but for one that failed and one that waits."""
-    grid = load_grid(made_grid.file(tmp_path))
+    grid = load_grid(made_grid.file(tmp_path, text))
     path = tmp_path / "<grid>"
     run(grid, path, lambda folders, stop, tell: None, command="celo-nnx grid run small.py --run-dir g")
     for entry in read_grid(path).cells:
@@ -117,7 +125,7 @@ def test_the_report_tells_effects_failures_and_the_best(folder):
     assert "mean over 3 seeds: rate=3e-3 std=small" in text
     assert "celo-nnx train celo2:fast_digits run.iterations=12" in text
     assert "meta.optimizer.learning_rate=3e-3 seed=0 --run-dir runs/best" in text
-    assert "Cells differ in meta.estimator.std" in text
+    assert "largest clear effect on the meta-loss: std large" in text and "not of one scale" not in text
     assert "<dd>120</dd>" in text and "<dd>0:50</dd>" in text
     rows = list(csv.DictReader((folder / "effects.csv").read_text().splitlines()))
     rate = next(row for row in rows if row["label"] == "3e-3")
@@ -136,14 +144,57 @@ def test_the_report_tells_effects_failures_and_the_best(folder):
     assert picture.startswith("<?xml") and "rate: 3e-3" in picture and "meta-loss, difference" in picture
 
 
+SCALED = {
+    "tasks.batch_size": ("tasks.batch_size=8",),
+    "meta.unroll": ("meta.unroll.minimum=50",),
+    "meta.estimator.weights": ("meta.estimator.weights=3,",),
+    "meta.estimator.leaf_std": ("meta.estimator.leaf_std=(('update_rule', 1.0),)",),
+    "meta.estimator.first.truncation": ("meta.estimator.first.truncation=5",),
+    "meta.estimator.second.std": ("meta.estimator.second.std=0.1",),
+    "meta.estimator.weight": ("meta.estimator.weight=0.9",),
+}
+
+
+@pytest.mark.parametrize("key", SCALED)
+def test_what_changes_the_meta_loss_s_scale_is_found(key):
+    mixed = ["meta.estimator.kind=mixture"] * (key.split(".")[2:3] in (["first"], ["second"], ["weight"]))
+    base, other = (resolve(load("celo2_base:fast_digits", [*mixed, *more])) for more in ((), SCALED[key]))
+    found = scales(differing([base, other]))
+    assert len(found) == 1 and key.startswith(found[0])
+
+
+def test_what_does_not_is_not_found():
+    more = ["meta.optimizer.learning_rate=0.5", "meta.estimator.pairs=4", "optimizer.schedule.value=0.5"]
+    configs = [resolve(load("celo2_base:fast_digits", some)) for some in ((), more)]
+    assert len(differing(configs)) == 3 and scales(differing(configs)) == []
+    assert scales(["meta.phases"]) == ["meta.phases"]  # a list of sections, which is compared as a whole
+
+
+def test_meta_losses_of_several_scales_are_not_judged(tmp_path):
+    folder = made(tmp_path, made_grid.FILE)
+    text = report.write(folder).read_text()
+    assert "Cells differ in meta.estimator.std" in text and "not of one scale" in text
+    assert "<b>" not in text and "largest clear" not in text and "The best variant" not in text
+    assert "Effects on the meta-loss" in text
+    with_scores(folder)
+    text = report.write(folder).read_text()
+    assert "largest clear effect on the final-loss score: std large" in text
+    assert "By final-loss score, mean over 3 seeds: rate=3e-3 std=small" in text and text.count("<b>") == 1
+
+
 def test_scores_come_first(folder):
+    with_scores(folder)
+    text = report.write(folder).read_text()
+    assert text.index("Effects on the final-loss score") < text.index("Effects on the meta-loss")
+    assert "By final-loss score, mean over 3 seeds: rate=3e-3 std=small" in text
+
+
+def with_scores(folder: Path) -> None:
+    """Gives the finished cells scores too: 10 less the meta-loss."""
     for entry in read_grid(folder).cells:
         if (result := entry.folder.result()) is not None:
             result["outcome"] |= {"score": 10 - result["outcome"]["meta_loss"], "speedup": 1.5}
             (entry.folder.path / "result.json").write_text(json.dumps(result))
-    text = report.write(folder).read_text()
-    assert text.index("Effects on the final-loss score") < text.index("Effects on the meta-loss")
-    assert "By final-loss score, mean over 3 seeds: rate=3e-3 std=small" in text
 
 
 def test_a_grid_without_results_has_a_report(tmp_path):
