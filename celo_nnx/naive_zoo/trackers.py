@@ -106,11 +106,12 @@ def loss_decays(num_steps: Array | int) -> Array:
     """Returns the ten decays of equation B0, ``[10]``, by the published code's float32 operations.
 
     A decay's last bit shows in the features, and the compiler rounds otherwise what it folds: the barrier
-    keeps a known number of steps from being folded.
+    keeps a known number of steps from being folded. 2^25 steps give the published code a decay of 1, and
+    averages that are 0/0; here it is the largest float32 below 1.
     """
     length = jax.lax.optimization_barrier(jnp.asarray(num_steps, jnp.float32))
     log10 = jnp.log(length) / np.log(np.float32(10.0))
-    return jnp.exp(-1.0 / 10.0 ** jnp.linspace(1.0, log10, 10))
+    return jnp.minimum(jnp.exp(-1.0 / 10.0 ** jnp.linspace(1.0, log10, 10)), np.float32(1 - 2**-24))
 
 
 def init_loss_buffer(num_steps: Array | int) -> dict[str, Array]:

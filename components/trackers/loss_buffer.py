@@ -12,6 +12,7 @@ from celo_nnx.interfaces import Tracker
 
 Array = jax.Array
 Pair = tuple[Array, Array]  # a number as the unevaluated sum of a float32 and a small correction
+SLOWEST = np.float32(1 - 2**-24)  # the largest below 1; an average that decays by 1 is 0/0
 
 
 class LossBuffer(Tracker):
@@ -28,7 +29,8 @@ class LossBuffer(Tracker):
 
     Args:
       size: number of averages, at least 2.
-      horizon: the longest time constant; 0 for the length of the run.
+      horizon: the longest time constant; 0 for the length of the run. Beyond 2^24 updates (17 million) it is
+        2^24, whose decay is the largest that float32 tells from 1.
 
     Example:
       >>> part = LossBuffer()
@@ -65,7 +67,7 @@ class LossBuffer(Tracker):
         """
         length = lax.optimization_barrier(jnp.asarray(self.horizon or num_steps, jnp.float32))
         longest = jnp.log(jnp.maximum(length, 1.0)) / np.log(np.float32(10.0))
-        return jnp.exp(-1.0 / 10.0 ** jnp.linspace(1.0, longest, self.size))
+        return jnp.minimum(jnp.exp(-1.0 / 10.0 ** jnp.linspace(1.0, longest, self.size)), SLOWEST)
 
     def update(self, state: dict[str, Array], value: Array) -> dict[str, Array]:
         means, decays = state["means"], state["decays"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from celo_nnx.components.trackers import LossBuffer, LossNormalizer
+from celo_nnx.components.trackers import TRACKERS, LossBuffer, LossNormalizer
 from celo_nnx.components.trackers.loss_buffer import _product
 from celo_nnx.interfaces import Tracker
+from celo_nnx.meta.truncation import NEVER
 
 NAN, INF, LARGEST = float("nan"), float("inf"), float(np.finfo(np.float32).max)
 
@@ -44,7 +45,16 @@ def recipe(losses: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(features), np.stack(averages)
 
 
-@pytest.mark.parametrize("num_steps", [20, 100_000])
+@pytest.mark.parametrize("num_steps", [1, 100, 50_000_000, NEVER])
+@pytest.mark.parametrize("name", TRACKERS)
+def test_readings_are_finite_whatever_the_length(name: str, num_steps: int) -> None:
+    part = TRACKERS[name]()
+    got, states = followed(part, [2.0, 1.5, 1.8, 1.2, 1.4, 1.3], num_steps)
+    assert got.shape == (6, part.width) and np.isfinite(got).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states))
+
+
+@pytest.mark.parametrize("num_steps", [20, 100_000, NEVER])
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e34, 1e36, 1e38])
 def test_loss_buffer_follows_the_recipe(scale: float, num_steps: int) -> None:
     """The averages to the bit over 300 losses, whatever their size: splits must not overflow."""

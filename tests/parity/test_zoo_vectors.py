@@ -48,7 +48,7 @@ def test_loss_buffer():
     assert_allclose(got[4], [*want, 0.0036701, 0.0028373], atol=2e-6)
 
 
-@pytest.mark.parametrize("num_steps", [7, 20, 2000, 100_000])
+@pytest.mark.parametrize("num_steps", [7, 20, 2000, 100_000, 2**31 - 1])
 def test_loss_buffer_at_long_horizons(num_steps):
     """Follows the recipe of section 14.2, in which rounding is stated, to the last bits for 300 losses."""
     rng = np.random.default_rng(0)
