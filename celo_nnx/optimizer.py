@@ -50,7 +50,7 @@ from celo_nnx.tensors import (
     spread,
     tensor_paths,
 )
-from celo_nnx.transform import as_optax
+from celo_nnx.transform import as_optax, check_steps
 
 Array = jax.Array
 PyTree = Any
@@ -241,15 +241,15 @@ class LearnedOptimizer(nnx.Module):
         """
         require(bool(self.settings.shardings), "shardings", (), "those of every parameter")
         groups = self._groups(params, self._routes(params))
-        state = jax.eval_shape(self.init, params)
+        state = jax.eval_shape(self._init, params)
         return state_shardings(state, self._layouts(groups), dict(self.settings.shardings), params)
 
-    def init(self, params: PyTree, num_steps: Array | int = 0) -> dict[str, PyTree]:
+    def init(self, params: PyTree, num_steps: Array | int | None = None) -> dict[str, PyTree]:
         """Makes the optimizer state.
 
         Args:
           params: floating-point arrays in any tree.
-          num_steps: length of the run; only read by schedules that need it.
+          num_steps: length of the run in updates; required where :attr:`needs_num_steps`.
 
         Returns:
           ``{"version", "count", "num_steps": int32 scalars, "clip", "tracker", "schedule": those parts'
@@ -260,9 +260,14 @@ class LearnedOptimizer(nnx.Module):
           inside jit where its tree differs.
 
         Raises:
-          UserError: an integer or complex parameter, an unknown route, axes out of range, or a pattern that
-            is found in no path.
+          UserError: an integer or complex parameter, an unknown route, axes out of range, a pattern that is
+            found in no path, or ``num_steps`` is missing where a part uses it.
         """
+        if self.needs_num_steps:
+            check_steps(self, num_steps)
+        return self._init(params, 0 if num_steps is None else num_steps)
+
+    def _init(self, params: PyTree, num_steps: Array | int = 1) -> dict[str, PyTree]:
         table = self._routes(params)
         others: dict[str, dict[str, Array]] = {name: {} for name in self.routes}
         for path, leaf in tensor_paths(params):
@@ -302,7 +307,7 @@ class LearnedOptimizer(nnx.Module):
         state: dict[str, PyTree],
         params: PyTree,
         *,
-        value: Array | float = 0.0,
+        value: Array | float | None = None,
         learning_rate: Array | float | Callable[[Array], Array] | None = None,
         weight_decay: Array | float | None = None,
         decay_mask: PyTree | None = None,
@@ -313,7 +318,7 @@ class LearnedOptimizer(nnx.Module):
           grads: like ``params``.
           state: from :meth:`init` or the last update.
           params: the parameters.
-          value: the loss at ``params``; unused by the parts that need none.
+          value: the loss at ``params``; required where :attr:`needs_value`.
           learning_rate: overrides the schedule; a scalar, or a function of the number of updates so far.
           weight_decay: overrides the configured one.
           decay_mask: booleans like ``params``: which tensors are decayed; all by default.
@@ -322,13 +327,13 @@ class LearnedOptimizer(nnx.Module):
           (updates to ADD to the parameters, in the parameters' dtypes; next state).
 
         Raises:
-          UserError: the trees of gradients, parameters and state do not match, or the state is of another
-            version.
+          UserError: the trees of gradients, parameters and state do not match, the state is of another
+            version, or ``value`` is missing where a part uses it.
         """
         check_like(grads, params, "gradient")
         check_arrays(grads, "gradient")
         _check_version(state)
-        check_like(state, jax.eval_shape(self.init, params), "optimizer state")
+        check_like(state, jax.eval_shape(self._init, params), "optimizer state")
         leaves, grad_of = tensor_paths(params), dict(tensor_paths(grads))
         mask = dict.fromkeys((path for path, _ in leaves), True)
         if decay_mask is not None:
@@ -341,7 +346,7 @@ class LearnedOptimizer(nnx.Module):
         pairs = {path: (grad_of[path], param) for path, param in leaves}
         groups = self._groups(params, table)
         new = dict(state)
-        kernel = self._decide(groups, pairs, state, new, jnp.asarray(value, jnp.float32))
+        kernel = self._decide(groups, pairs, state, new, self._value(value))
         steps = {path: jnp.zeros(p.shape, jnp.float32) for path, p in leaves if not p.size}
         rates, feedback, new["learned"], new["routes"] = {}, [], {}, {}
         layouts, given = self._layouts(groups), dict(self.settings.shardings)
@@ -384,7 +389,7 @@ class LearnedOptimizer(nnx.Module):
         return jax.tree.unflatten(jax.tree.structure(params), updates), new
 
     def look(
-        self, grads: PyTree, state: dict[str, PyTree], params: PyTree, *, value: Array | float = 0.0
+        self, grads: PyTree, state: dict[str, PyTree], params: PyTree, *, value: Array | float | None = None
     ) -> dict[str, Look]:
         """Returns what the update rule would be given at an update, by path of the learned tensors.
 
@@ -400,7 +405,7 @@ class LearnedOptimizer(nnx.Module):
         """
         grad_of, groups = dict(tensor_paths(grads)), self._groups(params, self._routes(params))
         pairs = {path: (grad_of[path], param) for path, param in tensor_paths(params)}
-        kernel = self._decide(groups, pairs, state, dict(state), jnp.asarray(value, jnp.float32))
+        kernel = self._decide(groups, pairs, state, dict(state), self._value(value))
         out: dict[str, Look] = {}
         for name, specs in groups.items():
             for i, spec in enumerate(specs):
@@ -409,6 +414,11 @@ class LearnedOptimizer(nnx.Module):
                 own = jax.tree.map(lambda x, i=i: x[i], own) if len(specs) > 1 else own
                 out[spec.path] = kernel.look(spec, grad, param, own, len(out))
         return out
+
+    def _value(self, value: Array | float | None) -> Array:
+        if value is None and self.needs_value:
+            raise UserError("update needs value: update(grads, state, params, value=loss)")
+        return jnp.asarray(0.0 if value is None else value, jnp.float32)
 
     def _decide(
         self,

@@ -64,7 +64,7 @@ def as_optax(
       >>> optax.apply_updates(params, updates)["w"].shape
       (4, 4)
     """
-    _check_steps(optimizer, num_steps)
+    check_steps(optimizer, num_steps)
     _check_number("learning_rate", None if callable(learning_rate) else learning_rate)
     _check_number("weight_decay", weight_decay)
 
@@ -78,7 +78,7 @@ def as_optax(
         return optimizer.with_settings(**changes) if changes else optimizer
 
     def init(params: PyTree) -> PyTree:
-        state = looking(params).init(params, 0 if num_steps is None else num_steps)
+        state = looking(params).init(params, num_steps)
         if not diagnostics:
             return state
         figures = jax.eval_shape(lambda: _diagnostics(params, params, params, None))
@@ -95,7 +95,7 @@ def as_optax(
             grads,
             _without_diagnostics(state) if diagnostics else state,
             params,
-            value=0.0 if value is None else value,
+            value=value,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
             decay_mask=mask(params) if callable(mask) else mask,
@@ -107,11 +107,12 @@ def as_optax(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_steps(optimizer: Any, num_steps: Any) -> None:
+def check_steps(optimizer: Any, num_steps: Any) -> None:
+    """Refuses a length of the run that is missing where a part uses it; no count, where that can be seen."""
     if num_steps is None and optimizer.needs_num_steps:
         raise UserError("num_steps is required: a part of this optimizer uses the length of the run")
     if not isinstance(num_steps, jax.Array):
-        whole = type(num_steps) is int and num_steps >= 1
+        whole = (type(num_steps) is int or isinstance(num_steps, np.integer)) and num_steps >= 1
         require(num_steps is None or whole, "num_steps", num_steps, "an integer of at least 1")
 
 

@@ -389,6 +389,14 @@ def test_value_and_num_steps_where_a_rule_needs_them() -> None:
     with _raises("update needs value"):
         tx = celo_nnx.celo(num_steps=10)
         tx.update(VECTOR, tx.init(VECTOR), VECTOR)
+    # So does the optimizer itself, which an unroll is given without optax.
+    for steps, message in ((None, "num_steps is required"), (0, "num_steps = 0 is out of range")):
+        with _raises(message):
+            optimizer.init(VECTOR, steps)
+    bare = optimizer.init(VECTOR, 10)
+    for step in (optimizer.update, optimizer.look):
+        with _raises("update needs value"):
+            step(VECTOR, bare, VECTOR)
     # A rule that needs neither takes both.
     tx = celo_nnx.celo2_base(num_steps=10)
     tx.update(VECTOR, tx.init(VECTOR), VECTOR, value=jnp.float32(1.0), more="ignored")

@@ -189,7 +189,7 @@ class _Lanes:
 
         def seen() -> int:
             # Jitted functions give dicts back sorted, and planes are in the order of the groups.
-            for path, look in self.optimizer.look(first, state, first).items():
+            for path, look in self.optimizer.look(first, state, first, value=0.0).items():
                 self.specs[path] = look.spec
                 self.groups[path] = tuple((name, len(planes)) for name, planes in look.planes.items())
             return 0
