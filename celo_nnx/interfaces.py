@@ -374,9 +374,11 @@ class Task:
 
     Attributes:
       floor: the lowest possible loss, None where it is not known: scores count losses from there.
+      example_axis: of the arrays of a batch, which of their axes the examples are along.
     """
 
     floor: float | None = None
+    example_axis: int = 0
 
     def sample(self, key: Array) -> PyTree:
         """Draws what varies between trajectories; nothing by default."""

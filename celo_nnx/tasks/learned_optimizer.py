@@ -62,6 +62,11 @@ class LearnedOptimizerTask(Task):
         check_counts(self, "unroll", "pairs")
         check_positive(self, "std", "step")
 
+    @property
+    def example_axis(self) -> int:
+        """The axis after the updates' and the inner task's own."""
+        return 1 + self.inner.example_axis
+
     def init(self, key: Array, sample: PyTree = ()) -> tuple[PyTree, PyTree]:
         """Returns (theta, empty model state)."""
         return initial_dense(key, (FEATURES, *self.hidden, 2), "cut_normal"), {}

@@ -22,6 +22,7 @@ from celo_nnx.meta.augmentations.loss_scale import LossScale
 from celo_nnx.meta.augmentations.reparametrization import Reparametrized
 from celo_nnx.meta.augmentations.reparametrization_list import ReparametrizedList
 from celo_nnx.tasks import ImageMLP
+from celo_nnx.tasks.learned_optimizer import LearnedOptimizerTask
 
 IMAGE = ImageMLP(features=16, hidden=(8,), classes=5, batch_size=12)
 SIGMAS = 6.2  # two-sided normal tail of 1e-9
@@ -249,6 +250,21 @@ def test_smallest_and_whole_batches():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, wanted)
 
 
+def test_batches_of_a_learned_optimizer_have_fewer_examples_and_not_fewer_updates():
+    task = LearnedOptimizerTask(inner=IMAGE, hidden=(), unroll=2, pairs=1)
+    batch = {name: jnp.stack([x, -x if name == "x" else x, x[::-1]]) for name, x in image_batch().items()}
+    part = {name: x[:, :3] for name, x in batch.items()}
+    at = (math.log(3.5) - math.log(2)) / (math.log(13) - math.log(2))
+    sample = {"own": jnp.float32(at), "inner": ()}
+    theta, _ = task.init(jax.random.key(1))
+    losses = scalar_loss(BatchSize(task, minimum=2), sample, batch=batch), scalar_loss(task, (), batch=part)
+    got, wanted = jax.jit(lambda theta: [loss(theta) for loss in losses])(theta)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    line = LearnedOptimizerTask(inner=Line())
+    with pytest.raises(UserError, match="the examples along axis 1"):
+        BatchSize(line).loss({}, {}, jax.random.key(0), jnp.ones(9), sample)
+
+
 def noisy_labels(probability, key, labels, classes):
     """The labels that the loss sees, from the gradient of a loss that is linear in their one-hot code."""
     task = LabelNoise(Probe(classes), low=0.0, high=1.0)
@@ -385,8 +401,8 @@ def test_settings_are_checked(make, arguments, message):
     ("task", "batch", "message"),
     [
         (BatchSize(IMAGE, minimum=13), image_batch(), "minimum = 13 .* from 1 to 12"),
-        (BatchSize(Line()), jnp.ones(()), "lead with one example axis"),
-        (BatchSize(Line()), {"x": jnp.ones(3), "y": jnp.ones(4)}, "lead with one example axis"),
+        (BatchSize(Line()), jnp.ones(()), "the examples along axis 0"),
+        (BatchSize(Line()), {"x": jnp.ones(3), "y": jnp.ones(4)}, "the examples along axis 0"),
         (LabelNoise(IMAGE), {"x": jnp.ones((2, 16))}, "integer labels 'y'"),
         (LabelNoise(IMAGE), {"x": jnp.ones((2, 16)), "y": jnp.ones(2)}, "integer labels 'y'"),
         (LabelNoise(Line(), classes=2), jnp.ones(2), "integer labels 'y'"),

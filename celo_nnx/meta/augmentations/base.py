@@ -32,6 +32,11 @@ class Augmentation(Task):
         """The wrapped task's."""
         return self.task.floor
 
+    @property
+    def example_axis(self) -> int:
+        """The wrapped task's."""
+        return self.task.example_axis
+
     def own(self, key: Array, inner: PyTree) -> PyTree:
         """Draws what the augmentation varies between trajectories; nothing by default.
 

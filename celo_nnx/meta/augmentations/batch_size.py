@@ -22,8 +22,8 @@ class BatchSize(Augmentation):
     variance of a smaller one. Where ``b`` does not divide ``B``, some examples count once more than others;
     the noise is then that of an equally weighted batch of at least ``8/9 b``.
 
-    Every array of the task's batches must lead with the example axis. In a chain this stands before label
-    noise, or the copies of an example get labels of their own.
+    Every array of the task's batches must have the examples along the task's ``example_axis``. In a chain
+    this stands before label noise, or the copies of an example get labels of their own.
 
     Attributes:
       task: the task that is wrapped.
@@ -46,9 +46,12 @@ class BatchSize(Augmentation):
         self, params: PyTree, state: PyTree, key: Array, batch: PyTree, sample: PyTree = ()
     ) -> tuple[Array, PyTree, dict[str, Array]]:
         """Returns the task's loss on the batch made of its first ``b`` examples."""
-        sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+        axis = self.example_axis
+        sizes = {jnp.shape(x)[axis : axis + 1] for x in jax.tree.leaves(batch)}
         if len(sizes) != 1 or sizes == {()}:
-            raise UserError("augmentation 'batch_size' needs batches whose arrays lead with one example axis")
+            raise UserError(
+                f"augmentation 'batch_size' needs batches whose arrays have the examples along axis {axis}"
+            )
         ((whole,),) = sizes
         legal = f"an integer from 1 to {whole}, the task's batch size"
         require(self.minimum <= whole, "augmentation.minimum", self.minimum, legal)
@@ -56,5 +59,6 @@ class BatchSize(Augmentation):
         size = jnp.exp(low + (high - low) * sample["own"]).astype(jnp.int32)
         # exp(log) may round to just below minimum, or to whole + 1
         rows = jnp.arange(whole) % jnp.clip(size, self.minimum, whole)
-        batch = jax.tree.map(lambda x: jnp.asarray(x).at[rows].get(mode="promise_in_bounds"), batch)
+        at = (slice(None),) * axis + (rows,)
+        batch = jax.tree.map(lambda x: jnp.asarray(x).at[at].get(mode="promise_in_bounds"), batch)
         return super().loss(params, state, key, batch, sample)
