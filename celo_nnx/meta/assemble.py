@@ -111,7 +111,7 @@ def build_estimator(
         unroll=_choose("meta.unroll", _section(meta, "unroll"), TRUNCATIONS)(),
         augmentation=build_augmentation(_section(meta, "augmentation")),
         objective=_choose("meta.objective", objective, {"objective": Objective})(),
-        frozen=tuple(meta.get("frozen", ())),
+        frozen=meta.get("frozen", ()),
         devices=devices,
     )
     return _estimator("meta.estimator", _section(meta, "estimator"), optimizer, families, given)

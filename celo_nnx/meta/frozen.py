@@ -43,6 +43,18 @@ def matching(names: Iterable[str], patterns: Sequence[str], where: str) -> set[s
     return found
 
 
+def mask_of(theta: PyTree, patterns: Sequence[str], where: str) -> PyTree:
+    """Tells which leaves of theta have one of the patterns in their path: a tree of bool.
+
+    Args:
+      theta: the meta-parameters, or their shapes.
+      patterns, where: as for :func:`matching`, which refuses what it refuses.
+    """
+    names = list(flatten(theta))
+    found = matching(names, patterns, where)
+    return jax.tree.unflatten(jax.tree.structure(theta), [name in found for name in names])
+
+
 def frozen_mask(theta: PyTree, patterns: Sequence[str]) -> PyTree:
     """Tells which leaves of theta rest: a tree of bool, true for a leaf whose path matches a pattern.
 
@@ -57,8 +69,8 @@ def frozen_mask(theta: PyTree, patterns: Sequence[str]) -> PyTree:
       >>> frozen_mask({"rule": {"w": np.ones(2)}, "schedule": {"w": np.ones(3)}}, ("schedule/",))
       {'rule': {'w': False}, 'schedule': {'w': True}}
     """
-    flat = flatten(theta)
-    found = matching(flat, patterns, "meta.frozen")
-    if found and not any(np.size(leaf) for name, leaf in flat.items() if name not in found):
+    mask = mask_of(theta, patterns, "meta.frozen")
+    rests, leaves = jax.tree.leaves(mask), jax.tree.leaves(theta)
+    if any(rests) and not any(np.size(leaf) for leaf, rest in zip(leaves, rests, strict=True) if not rest):
         raise UserError(f"meta.frozen = {tuple(patterns)!r} freezes all of theta: nothing is left to learn")
-    return jax.tree.unflatten(jax.tree.structure(theta), [name in found for name in flat])
+    return mask

@@ -96,7 +96,7 @@ def test_lengths_are_schedules(toy):
         (["estimator.kind=truncated_backprop", "estimator.truncation.kind=constant"], r"not a schedule"),
         (["estimator.kind=truncated_backprop", "estimator.std=0.1"], r"meta.estimator, 'std'"),
         (["estimator.weights=(1.0,2.0)"], r"estimator.weights = \(1.0, 2.0\)"),
-        (['estimator.leaf_std=(("schedule/",0.1),)'], r"unknown pattern of estimator.leaf_std 'schedule/'"),
+        (['estimator.leaf_std=(("schedule/",0.1),)'], r"estimator.leaf_std: 'schedule/' is found in no path"),
         (["estimator.kind=shared_noise", "estimator.reuse=-1"], r"estimator.reuse = -1"),
         (["objective.steps=first"], r"unknown meta.objective.steps 'first'"),
         (["objective.steps=last", "unroll.kind=never"], r"meta.unroll = 'never' .* trajectories end"),

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from celo_nnx.errors import UserError
-from celo_nnx.meta import build_trainer
+from celo_nnx.meta import build_estimator, build_trainer
 from celo_nnx.meta.frozen import frozen_mask
 from celo_nnx.meta.trainer import MetaTrainer
 from celo_nnx.meta.truncation import Constant
@@ -121,6 +121,8 @@ def test_mistakes_in_patterns(toy: Any, patterns: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         build_trainer(config, toy.Drift(theta()), [toy.family()])
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=message):  # the same of an estimator alone
+        build_estimator(meta, toy.Drift(theta()), [toy.family()])
 
 
 @pytest.mark.parametrize("average", [1.0, -0.1, "0.9", True])

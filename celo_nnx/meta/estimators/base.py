@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import re
 from collections.abc import Callable, Sequence
 from typing import Self
 
@@ -13,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from celo_nnx.errors import UserError, is_count, is_number, require, unknown
+from celo_nnx.errors import is_count, is_number, require, unknown
 from celo_nnx.interfaces import Array, Family, Optimizer, PyTree, Task, TruncationSchedule
+from celo_nnx.meta.frozen import frozen_mask, mask_of
 from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.population import Feed, Group, Pairs, Part, Population
 from celo_nnx.meta.truncation import NEVER, LogUniform
@@ -81,7 +81,7 @@ class Estimator:
             devices=self.devices,
         )
         self.data, self.mesh = self.population.data, self.population.mesh
-        self.learned = ~self.where(self.frozen, "frozen")
+        self.learned = ~self.entries(frozen_mask(self.optimizer.theta, self.frozen))
 
     def with_data(self, data: PyTree) -> Self:
         """Returns the same estimator with other arrays in the place of :attr:`data`.
@@ -93,24 +93,10 @@ class Estimator:
         other.__dict__.update(self.__dict__, data=data)
         return other
 
-    def where(self, patterns: Sequence[str], name: str) -> np.ndarray:
-        """Tells which meta-parameters have one of the patterns in their path, ``[size of theta]``.
-
-        Raises:
-          UserError: for a pattern that matches nothing.
-        """
-        leaves, _ = jax.tree_util.tree_flatten_with_path(self.optimizer.theta)
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-        found = np.zeros(len(paths), bool)
-        for pattern in patterns:
-            try:
-                matches = np.array([bool(re.search(pattern, path)) for path in paths])
-            except re.error as error:
-                raise UserError(f"estimator.{name}: {pattern!r} is not a pattern: {error}") from error
-            if not matches.any():
-                raise unknown(f"pattern of estimator.{name}", pattern, paths)
-            found |= matches
-        return np.repeat(found, [np.size(leaf) for _, leaf in leaves])
+    def entries(self, mask: PyTree) -> np.ndarray:
+        """Spreads a bool of each leaf of theta over its entries, ``[size of theta]``."""
+        sizes = [np.size(leaf) for leaf in jax.tree.leaves(self.optimizer.theta)]
+        return np.repeat(np.array(jax.tree.leaves(mask), bool), sizes)
 
     def init(self, theta: PyTree, key: Array, iteration: Array | int = 0) -> list[PyTree]:
         """Returns the state before a meta-iteration, one a group of families, all drawn from ``key``."""
@@ -182,7 +168,7 @@ class Perturbed(Estimator):
         """Returns the standard deviation of every meta-parameter, ``[size of theta]``; 0 where frozen."""
         stds = np.full(self.learned.shape, self.std, np.float32)
         for pattern, std in reversed(self._leaf_std()):
-            stds[self.where([pattern], "leaf_std")] = std
+            stds[self.entries(mask_of(self.optimizer.theta, (pattern,), "estimator.leaf_std"))] = std
         return np.where(self.learned, stds, np.float32(0.0))
 
     def perturbations(self, keys: Array) -> Array:
