@@ -65,11 +65,6 @@ class TensorSpec:
         return lax.pmean(mean, names) if names else mean
 
     @property
-    def norm_axes(self) -> tuple[int, ...]:
-        """The axes over which "matrix" statistics run: the matrix axes, or the only axis."""
-        return self.matrix if self.matrix is not None else tuple(range(len(self.shape)))[-1:]
-
-    @property
     def batch(self) -> tuple[int, ...]:
         """The own axes that are neither rows nor columns."""
         return tuple(a for a in range(len(self.own or ())) if a not in self.rows + self.columns)
