@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -289,12 +289,7 @@ class TensorKernel:
     ) -> tuple[tuple[str, ...], Array]:
         """Returns (the names of the tensor's feature groups, mean squares of their planes)."""
         shape, axes = spec.shape, self.normalization.axes(spec)
-        # Planes of row and column factors alone are small; others, made of zeros here, are never evaluated.
-        zeros = jnp.zeros(shape, jnp.float32)
-        stats = self.read(spec, {n: self.accumulators[n].init(spec) for n in moving})
-        groups = self._groups(spec, (zeros, zeros, stats | fixed))
-        planes = sum(groups.values(), [])
-        big = [j for j, x in enumerate(planes) if x.shape == shape]
+        groups, planes, big = self._small_planes(spec, moving, fixed)
         kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
         over_rows = kept[-2] == 1
         others = [a - len(shape) for a in axes if a != len(shape) - 2]
@@ -313,11 +308,27 @@ class TensorKernel:
 
         total = over_tiles(shape[-2], size, add, jnp.zeros((len(big), *kept), jnp.float32))
         squares = dict(zip(big, total / math.prod(shape[a] for a in axes), strict=True))
-        for j, x in enumerate(planes):
-            if j not in squares:
-                squares[j] = jnp.mean(x * x, axes, keepdims=True)
-        all_of_them = jnp.stack([jnp.broadcast_to(squares[j], kept) for j in range(len(planes))])
-        return tuple(groups), spec.across(all_of_them, axes)
+        return groups, spec.across(self._with_small(squares, planes, spec), axes)
+
+    def _small_planes(
+        self, spec: TensorSpec, moving: Iterable[str], fixed: Any
+    ) -> tuple[tuple[str, ...], list[Array], list[int]]:
+        """Returns (the names of the feature groups, their planes, which of them are of the tensor's shape).
+
+        Planes of row and column factors alone are small; others, made of zeros here, are never evaluated.
+        """
+        zeros = jnp.zeros(spec.shape, jnp.float32)
+        stats = self.read(spec, {n: self.accumulators[n].init(spec) for n in moving})
+        groups = self._groups(spec, (zeros, zeros, stats | fixed))
+        planes = sum(groups.values(), [])
+        return tuple(groups), planes, [j for j, x in enumerate(planes) if x.shape == spec.shape]
+
+    def _with_small(self, squares: dict[int, Array], planes: Sequence[Array], spec: TensorSpec) -> Array:
+        """Returns the mean squares of all planes, given those of the planes of the tensor's shape."""
+        axes = self.normalization.axes(spec)
+        kept = tuple(1 if a in axes else n for a, n in enumerate(spec.shape))
+        own = {j: jnp.mean(x * x, axes, keepdims=True) for j, x in enumerate(planes) if j not in squares}
+        return jnp.stack([jnp.broadcast_to((squares | own)[j], kept) for j in range(len(planes))])
 
     @staticmethod
     def _across(part: Accumulator, measured: PyTree, spec: TensorSpec) -> PyTree:

@@ -120,22 +120,13 @@ class PallasKernel(TensorKernel):
         self, spec: TensorSpec, tiling: Tiling, view: Any, seen: tuple[Any, ...]
     ) -> tuple[tuple[str, ...], Array]:
         """Returns (the names of the tensor's feature groups, mean squares of their planes)."""
-        shape, axes = spec.shape, self.normalization.axes(spec)
+        axes = self.normalization.axes(spec)
         *_, moving, fixed = seen
-        # Planes of row and column factors alone are small; others, made of zeros here, are never evaluated.
-        zeros = jnp.zeros(shape, jnp.float32)
-        stats = self.read(spec, {n: self.accumulators[n].init(spec) for n in moving})
-        groups = self._groups(spec, (zeros, zeros, stats | fixed))
-        planes = sum(groups.values(), [])
-        big = [j for j, x in enumerate(planes) if x.shape == shape]
+        groups, planes, big = self._small_planes(spec, moving, fixed)
 
         def squares(first: Array, *seen: Any) -> tuple[PyTree, list[Array]]:
             made = self._flat(spec, view(first, *seen)[0])
             return (), [made[j] * made[j] for j in big]
 
         means = dict(zip(big, tiling.means(tiling.run(squares, seen, ())[1], axes), strict=True))
-        kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
-        for j, x in enumerate(planes):
-            if j not in means:
-                means[j] = jnp.mean(x * x, axes, keepdims=True)
-        return tuple(groups), jnp.stack([jnp.broadcast_to(means[j], kept) for j in range(len(planes))])
+        return groups, self._with_small(means, planes, spec)
