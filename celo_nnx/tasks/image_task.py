@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -16,18 +15,17 @@ from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.tasks.fields import (
     ACTIVATIONS,
     INITIALIZATIONS,
-    NORMALIZATIONS,
     check_counts,
     check_names,
     check_positive,
     clipped,
     cross_entropy,
 )
-from celo_nnx.tasks.nnx_task import ModelTask
+from celo_nnx.tasks.nnx_task import LayeredTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageTask(ModelTask):
+class ImageTask(LayeredTask):
     """Mean softmax cross-entropy of images ``[n, side, side, colors]``; subclasses say which model.
 
     Attributes:
@@ -72,11 +70,6 @@ class ImageTask(ModelTask):
         """Returns ``clip(loss, 0, normalizer_clip ln(classes))``, NaN becoming the upper bound."""
         return clipped(loss, 0.0, self.normalizer_clip * math.log(self.classes))
 
-    def linear(self, fan_in: int, fan_out: int, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
-        """Returns a dense layer that starts as the task says."""
-        kernel_init = INITIALIZATIONS[self.initialization]
-        return nnx.Linear(fan_in, fan_out, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs)
-
     def conv(self, fan_in: int, fan_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
         """Returns a ``size x size`` convolution, padded to ``ceil(side / stride)``.
 
@@ -92,10 +85,6 @@ class ImageTask(ModelTask):
             conv_general_dilated=patch_conv,
             rngs=rngs,
         )
-
-    def norm(self, width: int, rngs: nnx.Rngs) -> Callable[[Array], Array]:
-        """Returns the normalization layer."""
-        return NORMALIZATIONS[self.normalization](width, rngs)
 
 
 def check_patch(task: Any) -> None:

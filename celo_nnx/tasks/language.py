@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from celo_nnx.interfaces import Array, PyTree
 from celo_nnx.tasks.fields import (
     ACTIVATIONS,
     INITIALIZATIONS,
-    NORMALIZATIONS,
     check_counts,
     check_names,
     check_positive,
@@ -24,11 +22,11 @@ from celo_nnx.tasks.fields import (
     cross_entropy,
     pick_examples,
 )
-from celo_nnx.tasks.nnx_task import ModelTask
+from celo_nnx.tasks.nnx_task import LayeredTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageTask(ModelTask):
+class LanguageTask(LayeredTask):
     """Mean next-token cross-entropy of slices of a text; subclasses say which model.
 
     The data are ``{"tokens": [n]}``, integers below ``vocabulary`` in the order of the text, at least
@@ -90,15 +88,6 @@ class LanguageTask(ModelTask):
         return nnx.Embed(
             self.vocabulary, self.width, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs
         )
-
-    def linear(self, fan_in: int, fan_out: int, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
-        """Returns a dense layer that starts as the task says."""
-        kernel_init = INITIALIZATIONS[self.initialization]
-        return nnx.Linear(fan_in, fan_out, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs)
-
-    def norm(self, rngs: nnx.Rngs) -> Callable[[Array], Array]:
-        """Returns the normalization layer over ``width``."""
-        return NORMALIZATIONS[self.normalization](self.width, rngs)
 
 
 def look_up(embed: nnx.Embed, tokens: Array) -> Array:

@@ -13,7 +13,14 @@ from flax import nnx
 
 from celo_nnx.errors import told
 from celo_nnx.interfaces import Array, PyTree, Task
-from celo_nnx.tasks.fields import check_counts, check_positive, clipped, pick_examples
+from celo_nnx.tasks.fields import (
+    INITIALIZATIONS,
+    NORMALIZATIONS,
+    check_counts,
+    check_positive,
+    clipped,
+    pick_examples,
+)
 
 
 class ModelTask(Task):
@@ -76,6 +83,27 @@ class ModelTask(Task):
     def pick(self, key: Array, start: Array, count: Array) -> Array:
         """Picks ``batch_size`` examples with replacement from ``start .. start+count-1``."""
         return pick_examples(key, start, count, self.batch_size)
+
+
+class LayeredTask(ModelTask):
+    """A task whose fields say how the layers of its model start and how they are normalized.
+
+    Attributes:
+      initialization: of kernels, a key of :data:`~celo_nnx.tasks.fields.INITIALIZATIONS`; biases are zero.
+      normalization: a key of :data:`~celo_nnx.tasks.fields.NORMALIZATIONS`.
+    """
+
+    initialization: str
+    normalization: str
+
+    def linear(self, fan_in: int, fan_out: int, rngs: nnx.Rngs, use_bias: bool = True) -> nnx.Linear:
+        """Returns a dense layer that starts as the task says."""
+        kernel_init = INITIALIZATIONS[self.initialization]
+        return nnx.Linear(fan_in, fan_out, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs)
+
+    def norm(self, width: int, rngs: nnx.Rngs) -> Callable[[Array], Array]:
+        """Returns the normalization layer over ``width`` features."""
+        return NORMALIZATIONS[self.normalization](width, rngs)
 
 
 @functools.lru_cache(maxsize=256)

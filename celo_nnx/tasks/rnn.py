@@ -85,7 +85,7 @@ class _Layer(nnx.Module):
         multiple = CELLS[task.cell][0]
         self.given = task.linear(task.width, multiple * task.width, rngs)
         self.recurrent = task.linear(task.width, multiple * task.width, rngs, use_bias=False)
-        self.norm = task.norm(rngs)
+        self.norm = task.norm(task.width, rngs)
 
     def __call__(self, x: Array) -> Array:
         step, recurrent = CELLS[self.task.cell][1], self.recurrent.kernel[...]

@@ -49,7 +49,7 @@ class _Net(nnx.Module):
         self.positions = nnx.Param(jax.random.normal(rngs.params(), (task.length, task.width)))
         for i in range(task.depth):
             setattr(self, f"block_{i}", Block(task, rngs))
-        self.norm = task.norm(rngs)
+        self.norm = task.norm(task.width, rngs)
         self.head = task.linear(task.width, task.vocabulary, rngs)
 
     def __call__(self, tokens: Array) -> Array:
