@@ -468,7 +468,8 @@ class GradientEstimator(Protocol):
     ) -> tuple[PyTree, PyTree, dict[str, Array]]:
         """Returns (gradient like theta, next state, metrics) of a meta-iteration (0 first).
 
-        Metrics: ``loss`` scalar normalized meta-loss, ``family_loss`` ``[families]``; counts of what was not
-        finite in this truncation: ``nonfinite`` ``[families]`` inner losses, ``nonfinite_gradient``
-        ``[families]`` pairs' estimates (left out), ``nonfinite_theta`` entries of their sum (put to 0).
+        Metrics: ``loss`` scalar normalized meta-loss, ``family_loss`` ``[families]``, over what counts, NaN
+        where nothing does; counts of what was not finite in this truncation: ``nonfinite`` ``[families]``
+        inner losses, ``nonfinite_gradient`` ``[families]`` pairs' estimates (left out), ``nonfinite_theta``
+        entries of their sum (put to 0).
         """

@@ -58,7 +58,7 @@ def verify(name: str, *, data_dir: str = "", run_dir: str | Path | None = None) 
         _same_data(config, made["data"])
         train(config, run)
         again = RunFolder(run).metrics["loss"]
-    difference = float(np.max(np.abs(again - recorded) / np.maximum(1.0, np.abs(recorded))))
+    difference = largest_difference(again, recorded)
     return {
         "name": name,
         "iterations": len(recorded),
@@ -68,6 +68,19 @@ def verify(name: str, *, data_dir: str = "", run_dir: str | Path | None = None) 
         "then": made["starts"][0].get("versions"),
         "ok": bool(same and difference <= TOLERANCE),
     }
+
+
+def largest_difference(again: np.ndarray, recorded: np.ndarray) -> float:
+    """Returns the largest difference of losses, relative to the larger of 1 and the loss.
+
+    Where no step counts there is no loss, now as then: NaN in both differs by 0, in one of them by NaN.
+
+    Example:
+      >>> largest_difference(np.array([0.5, np.nan]), np.array([1.0, np.nan]))
+      0.5
+    """
+    found = np.abs(again - recorded) / np.maximum(1.0, np.abs(recorded))
+    return float(np.max(np.where(np.isnan(again) & np.isnan(recorded), 0.0, found)))
 
 
 def _devices(start: dict[str, Any]) -> int:

@@ -31,7 +31,8 @@ class Objective:
         update, which costs nothing; another split takes the same parameters on a fresh batch of it, which
         costs a forward pass a step.
       steps: ``all`` steps count, or only the ``last`` of each trajectory. With ``last`` a truncation in
-        which no trajectory ends has no gradient; full ES takes the loss after the last update.
+        which no trajectory ends has no gradient and no meta-loss (NaN); full ES takes the loss after the
+        last update.
       scale: ``task`` leaves the normalized loss; ``first`` divides it by the loss of the trajectory's first
         step, so that every problem starts at 1; ``log`` takes its logarithm.
       clip: the meta-loss is cut at this; 0 for no cut.

@@ -90,6 +90,7 @@ class Part(NamedTuple):
       gradient: weighted sum of the pairs' estimates, ``[size of theta]``.
       state: the group's next state.
       loss: mean meta-loss of each pair, ``[N]``.
+      counted: whether any step of a pair counts, so that it has a meta-loss, ``[N]`` bool.
       nonfinite: non-finite inner losses of each pair, ``[N]`` int32.
       lost: 1 for every pair whose estimate was not finite and is not in the sum, ``[N]`` int32.
     """
@@ -97,6 +98,7 @@ class Part(NamedTuple):
     gradient: Array
     state: PyTree
     loss: Array
+    counted: Array
     nonfinite: Array
     lost: Array
 
@@ -186,7 +188,8 @@ class Population:
 
         Returns:
           (sum of the gradients ``[size of theta]``; next states; metrics ``loss``, ``family_loss``,
-          ``nonfinite`` and ``nonfinite_gradient``).
+          ``nonfinite`` and ``nonfinite_gradient``). Losses are means over the pairs of which any step counts,
+          and over the families that have such pairs; NaN without one.
         """
 
         def local(
@@ -215,8 +218,12 @@ class Population:
             )
         pairs = [self.numbers(group) for group in self.groups]
         gradient, states, total = local(theta, states, pairs, data, (key, iteration))
-        family_loss = total["loss"] / self.pairs
-        loss = jnp.sum(family_loss * jnp.asarray(self.weights, jnp.float32))
+        # Times exactly 1 where all pairs count; 0 times infinity, NaN, where none does.
+        family_loss = total["loss"] / self.pairs * (self.pairs / total["counted"])
+        weights = jnp.asarray(self.weights, jnp.float32)
+        usual = jnp.sum(total["loss"] / self.pairs * weights)  # to the last bit, where all pairs count
+        some = _weighted(family_loss, total["counted"] > 0, weights)
+        loss = jnp.where(jnp.all(total["counted"] == self.pairs), usual, some)
         counts = {name: total[name] for name in ("nonfinite", "nonfinite_gradient")}
         return gradient, states, {"loss": loss, "family_loss": family_loss, **counts}
 
@@ -242,7 +249,8 @@ class Population:
         mine = pairs.family[None, :] == jnp.arange(len(self.names))[:, None]
         return {
             "gradient": part.gradient,
-            "loss": jnp.sum(jnp.where(mine, part.loss, 0.0), 1),
+            "loss": jnp.sum(jnp.where(mine & part.counted, part.loss, 0.0), 1),
+            "counted": jnp.sum(mine & part.counted, 1, dtype=jnp.int32),
             "nonfinite": jnp.sum(jnp.where(mine, part.nonfinite, 0), 1),
             "nonfinite_gradient": jnp.sum(jnp.where(mine, part.lost, 0), 1),
         }
@@ -264,6 +272,13 @@ def _in_turns(
     zero = jnp.zeros(sum(leaf.size for leaf in jax.tree.leaves(theta)), jnp.float32)
     gradient, rest = lax.scan(one, zero, chunks)
     return Part(gradient, *jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), rest))
+
+
+def _weighted(loss: Array, there: Array, weights: Array) -> Array:
+    """Returns the weighted mean of the families' losses that are there, all ``[families]``."""
+    # Where all are there, weights of sum 1 are not summed: that may differ from 1 in the last bit.
+    share = jnp.where(jnp.all(there), 1.0, jnp.sum(jnp.where(there, weights, 0.0)))
+    return jnp.sum(jnp.where(there, loss, 0.0) * weights) / share
 
 
 def _weights(weights: Sequence[float], names: tuple[str, ...]) -> tuple[float, ...]:

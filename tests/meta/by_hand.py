@@ -68,9 +68,14 @@ def train(
 
 
 def counted_mean(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The mean over counted steps of ``[T, N, ...]``, 0 where none counts."""
-    counts = counts.reshape(counts.shape + (1,) * (values.ndim - 2))
-    return np.where(counts, values, 0.0).sum(0) / np.maximum(counts.sum(0), 1)
+    """The mean over counted steps of ``[T, N, ...]``, ``[N, ...]``; NaN where none counts."""
+    means = np.full(values.shape[1:], np.nan)
+    for n in range(values.shape[1]):
+        if counts[:, n].any():
+            means[n] = np.mean(
+                [value for value, own in zip(values[:, n], counts[:, n], strict=True) if own], 0
+            )
+    return means
 
 
 def pes(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from celo_nnx.errors import UserError
-from celo_nnx.meta.estimators import PES
+from celo_nnx.meta.estimators import PES, FullES, Mixture
 from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.truncation import Constant
 from celo_nnx.meta.unroll import Problems, Record
@@ -72,13 +72,35 @@ def test_pes_on_an_objective_is_the_sum_by_hand(toy, by_hand, settings):
         first = meta.first
         sums, seen = by_hand.pes(meta.loss, rows.done, meta.counts, rows.mask, v, seen)
         np.testing.assert_allclose(gradients[k], sums.mean() / (2 * STD**2), rtol=1e-4, atol=1e-4)
-        expected = by_hand.counted_mean(meta.loss, meta.counts).mean()
-        np.testing.assert_allclose(losses[k], expected, rtol=1e-4, atol=1e-5)
+        means = by_hand.counted_mean(meta.loss, meta.counts)  # of the pairs; those without one say nothing
+        np.testing.assert_allclose(losses[k], means[meta.counts.any(0)].mean(), rtol=1e-4, atol=1e-5)
         cut.append(meta.loss[meta.counts] == settings.get("clip"))
         none += np.sum(~meta.counts.any(0))
     # What the settings are for does happen here.
     assert not settings.get("clip") or 0.05 < np.mean(np.concatenate(cut)) < 0.95
     assert settings.get("steps") != "last" or none > 0
+
+
+def test_a_truncation_in_which_nothing_ends_has_no_loss(toy):
+    """Trajectories of 8 steps, all begun together: the second truncation of 6 sees their ends."""
+    families = [toy.family("a"), toy.family("b", toy.Quadratic(target=3.0))]
+    options = {"pairs": 2, "unroll": Constant(length=8), "objective": Objective(steps="last")}
+    whole = FullES(toy.Drift(), families, batches=1, **options)
+    cut = PES(toy.Drift(), families, truncation=6, initial_offset="none", **options)
+    mixture = Mixture(cut, whole)
+
+    @toy.jit
+    def run(key):
+        _, state, none = cut(THETA, cut.init(THETA, key), key)
+        known = whole(THETA, whole.init(THETA, key), jax.random.split(key, 3)[1])[2]
+        mixed = mixture(THETA, mixture.init(THETA, key), key)[2]
+        return [(m["loss"], m["family_loss"]) for m in (none, cut(THETA, state, key)[2], known, mixed)]
+
+    (none, nones), (some, each), known, mixed = run(jax.random.key(2))
+    assert np.isnan(none) and np.isnan(nones).all()
+    np.testing.assert_allclose(some, np.mean(each), rtol=1e-6)
+    assert each[0] > 1.2 * each[1] > 0
+    np.testing.assert_array_equal(mixed[1], known[1])  # of the part in which trajectories end
 
 
 def test_the_inner_training_does_not_know_the_objective(toy):

@@ -10,6 +10,7 @@ import pytest
 from celo_nnx.errors import UserError
 from celo_nnx.meta.estimators import ESTIMATORS, PES, SharedNoise, TruncatedBackprop
 from celo_nnx.meta.objective import Objective
+from celo_nnx.meta.population import Part, Population
 from celo_nnx.meta.truncation import LogUniform
 
 THETA = {"drift": jnp.float32(0.3)}
@@ -104,6 +105,22 @@ def test_families_of_one_task_must_have_arrays_of_one_shape(toy, change, message
     with pytest.raises(UserError, match=message) as caught:
         PES(toy.Drift(), families, objective=Objective(split="validation"))
     assert "\n" not in str(caught.value)
+
+
+def test_families_without_a_counted_step_are_left_out_of_the_loss(toy):
+    """A family's trajectories that have not ended leave the others' mean as it is."""
+    families = [toy.family(name, toy.Quadratic(target=t)) for name, t in (("a", 1.0), ("b", 2.0), ("c", 3.0))]
+    population = Population(families, pairs=2, weights=(1.0, 2.0, 5.0))
+    counted = iter(([True, True], [False, True], [False, False]))
+
+    def step(group, theta, state, feed):
+        zero = jnp.zeros(2, jnp.int32)
+        loss = jnp.array([1.0, 3.0]) + 10 * group.members[0]
+        return Part(jnp.zeros(1), state, loss, jnp.array(next(counted)), zero, zero)
+
+    _, _, metrics = population.each(step, THETA, [()] * 3, population.data, jax.random.key(0), jnp.int32(0))
+    np.testing.assert_allclose(metrics["family_loss"], [2.0, 13.0, np.nan])
+    np.testing.assert_allclose(metrics["loss"], (2.0 + 2 * 13.0) / 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, -1.0), (0.0, 0.0), (1.0, float("nan")), (1.0, "2")])

@@ -40,19 +40,19 @@ class TruncatedBackprop(Truncated):
         _, keys = self.pair_keys(feed.key, feed.pairs)
         count = len(feed.pairs.number)
 
-        def objective(flat: Array) -> tuple[Array, tuple[Problems, Array, Array]]:
+        def objective(flat: Array) -> tuple[Array, tuple[Problems, Array, Array, Array]]:
             thetas = unflatten(flat[:, None], theta)
             problems, record, loss, counts = self.truncate(
                 group, thetas, state, feed, keys, self.most, differentiable=True
             )
-            loss = mean_loss(loss, counts)
-            return jnp.sum(loss * feed.pairs.weight), (problems, loss, nonfinite(record))
+            loss, counted = mean_loss(loss, counts)
+            return jnp.sum(loss * feed.pairs.weight), (problems, loss, counted, nonfinite(record))
 
         # A theta for each problem, so that one that diverges does not take the others with it.
         flat = flatten(theta)
-        each, (problems, loss, bad) = jax.grad(objective, has_aux=True)(
+        each, (problems, loss, counted, bad) = jax.grad(objective, has_aux=True)(
             jnp.broadcast_to(flat, (count, flat.size))
         )
         finite = jnp.all(jnp.isfinite(each), 1)
         gradient = jnp.sum(jnp.where(finite[:, None] & self.learned, each, 0.0), 0)
-        return Part(gradient, problems, loss, bad, (~finite).astype(jnp.int32))
+        return Part(gradient, problems, loss, counted, bad, (~finite).astype(jnp.int32))

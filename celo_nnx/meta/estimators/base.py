@@ -291,7 +291,10 @@ def nonfinite(record: Record) -> Array:
     return jnp.sum(~jnp.isfinite(record.loss) & record.mask[..., None], (0, 2), dtype=jnp.int32)
 
 
-def mean_loss(loss: Array, counts: Array) -> Array:
-    """Returns each pair's mean of the counted meta-losses ``[T, N, 2]``, ``[N]``; 0 where none counts."""
+def mean_loss(loss: Array, counts: Array) -> tuple[Array, Array]:
+    """Returns of each pair the mean of its counted meta-losses ``[T, N, 2]``, and whether any step counts.
+
+    Both are ``[N]``; a mean of nothing is 0, so that its gradient is too.
+    """
     total = jnp.sum(jnp.where(counts[..., None], loss, 0.0), (0, 2))
-    return total / (loss.shape[2] * jnp.maximum(jnp.sum(counts, 0), 1))
+    return total / (loss.shape[2] * jnp.maximum(jnp.sum(counts, 0), 1)), jnp.any(counts, 0)

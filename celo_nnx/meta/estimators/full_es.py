@@ -71,7 +71,7 @@ class FullES(Perturbed):
             loss = self.objective.rescale(final, problems.first[:, None])
         delta = self.delta(loss[None], jnp.ones((1, len(loss)), bool))[0]
         gradient, lost = self.estimate(feed.pairs.weight, (delta, v))
-        return Part(gradient, (), jnp.mean(loss, 1), bad, lost)
+        return Part(gradient, (), jnp.mean(loss, 1), jnp.ones(len(loss), bool), bad, lost)
 
     def _train(
         self,

@@ -81,8 +81,11 @@ class Mixture:
         def mean(a: Array, b: Array) -> Array:
             return a + b if jnp.issubdtype(a.dtype, jnp.integer) else self.weight * a + (1 - self.weight) * b
 
-        gradient, metrics = jax.tree.map(mean, (gradient, metrics), (gradient2, metrics2))
-        return gradient, (first, second), metrics
+        gradient, own = jax.tree.map(mean, (gradient, metrics), (gradient2, metrics2))
+        for name in ("loss", "family_loss"):  # of one part only, where no step of the other counts
+            a, b = metrics[name], metrics2[name]
+            own[name] = jnp.where(jnp.isnan(a), b, jnp.where(jnp.isnan(b), a, own[name]))
+        return gradient, (first, second), own
 
 
 def _same(one: PyTree, other: PyTree) -> bool:

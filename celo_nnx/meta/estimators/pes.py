@@ -102,7 +102,7 @@ def pes_gradient(
       finished_step: ``exact`` or ``published``.
 
     Returns:
-      (gradient, next accumulator, mean loss scalar).
+      (gradient, next accumulator, mean loss scalar: NaN where no step counts).
 
     Raises:
       UserError: for an unknown ``finished_step``.
@@ -121,7 +121,8 @@ def pes_gradient(
     carried = jax.tree.map(
         lambda a, v: scaled(due.keep_total, a) + scaled(due.keep_new, v), total, perturbation
     )
-    return gradient, carried, jnp.mean(mean_loss(jnp.stack([pos_loss, neg_loss], -1), mask))
+    loss, counted = mean_loss(jnp.stack([pos_loss, neg_loss], -1), mask)
+    return gradient, carried, jnp.sum(loss) / jnp.sum(counted)
 
 
 class PESState(NamedTuple):
@@ -178,4 +179,4 @@ class PES(Perturbed, Truncated):
         gradient, lost = self.estimate(feed.pairs.weight, (due.old, total), (due.new, v))
         carried = scaled(due.keep_total, total) + scaled(due.keep_new, v)
         state = PESState(problems, carried)
-        return Part(gradient, state, mean_loss(loss, counts), nonfinite(record), lost)
+        return Part(gradient, state, *mean_loss(loss, counts), nonfinite(record), lost)

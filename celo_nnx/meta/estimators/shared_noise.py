@@ -95,4 +95,4 @@ class SharedNoise(Perturbed, Truncated):
             scaled(due.keep_total, seen),
             age % self.reuse if self.reuse else age,
         )
-        return Part(gradient, state, mean_loss(loss, counts), nonfinite(record), lost)
+        return Part(gradient, state, *mean_loss(loss, counts), nonfinite(record), lost)

@@ -49,4 +49,4 @@ class TruncatedES(Perturbed, Truncated):
         )
         delta = jnp.sum(self.delta(loss, counts), 0) / jnp.maximum(jnp.sum(counts, 0), 1)
         gradient, lost = self.estimate(feed.pairs.weight, (delta, v))
-        return Part(gradient, problems, mean_loss(loss, counts), nonfinite(record), lost)
+        return Part(gradient, problems, *mean_loss(loss, counts), nonfinite(record), lost)
