@@ -30,7 +30,8 @@ class Grid:
       overrides: changes to it that all cells share.
       axes: by name the overrides of every label; the first label is what the others are compared with. A
         label of several overrides changes them together.
-      cells: further cells by label, beside the product of the axes.
+      cells: further cells by label, beside the product of the axes; they are compared with the cell of all
+        first labels.
       skip: conditions, each labels by axis; a combination that meets all of one's is left out.
       seeds: of every cell.
       suite: what theta is evaluated on, empty for nothing.

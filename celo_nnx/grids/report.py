@@ -39,6 +39,7 @@ NUMBERS = {
     "meta_loss": ("meta-loss", True),
 }
 WORDS = {name: words for name, (words, _) in NUMBERS.items()}
+FURTHER = "further cell"  # stands where others have their axis
 CELL_COLUMNS = ("id", "state", "seed", "label")
 RESULT_COLUMNS = ("iterations", "meta_loss", "first_meta_loss", "score", "speedup", "nonfinite")
 COST_COLUMNS = ("train_seconds", "evaluation_seconds", "starts")
@@ -120,14 +121,24 @@ class Row:
 
 
 def compared(grid: GridFolder, rows: Sequence[Row]) -> dict[str, list[Effect]]:
-    """Returns the effects of all axes on every number that there is."""
+    """Returns the effects of all axes on every number that there is, then those of the further cells.
+
+    A further cell is compared with the cell of all first labels; in a grid without axes, with the first one.
+    """
     product = [row for row in rows if row.entry.labels]
     planned = [key(row.entry.labels, row.entry.seed) for row in product]
+    first = {axis: labels[0] for axis, labels in grid.axes.items()}
+    beside = [row for row in rows if row.entry.extra or row.entry.labels == first]
+    places = [key({FURTHER: row.entry.variant}, row.entry.seed) for row in beside]
+    names = [" ".join(f"{axis}={label}" for axis, label in first.items())] if first else []
+    names += [row.entry.extra for row in rows if row.entry.extra]
+    further = {FURTHER: list(dict.fromkeys(names))} if any(row.entry.extra for row in rows) else {}
     out = {}
     for name in NUMBERS:
         numbers = {k: row.number(name) for k, row in zip(planned, product, strict=True)}
-        if any(math.isfinite(value) for value in numbers.values()):
-            out[name] = effects(grid.axes, planned, numbers)
+        others = {k: row.number(name) for k, row in zip(places, beside, strict=True)}
+        if any(math.isfinite(value) for value in (*numbers.values(), *others.values())):
+            out[name] = effects(grid.axes, planned, numbers) + effects(further, places, others)
     return out
 
 
@@ -286,7 +297,8 @@ def effect_pictures(found: dict[str, list[Effect]]) -> list[dict[str, Any]]:
     figure = effects_figure(found, WORDS)
     if figure is None:
         return []
-    caption = "Difference from each axis' first label (open), paired, with Student's interval over the seeds."
+    caption = "Difference from each axis' first label (open), a further cell's from that of all of them, "
+    caption += "paired, with Student's interval over the seeds."
     return [
         {"title": "Effects", "svg": markupsafe.Markup(plots.to_svg(figure, "effects")), "caption": caption}
     ]

@@ -15,7 +15,7 @@ from celo_nnx.errors import UserError
 from celo_nnx.grids import report
 from celo_nnx.grids.drive import run
 from celo_nnx.grids.effects import complete, effects, key
-from celo_nnx.grids.grid_file import load_grid
+from celo_nnx.grids.grid_file import Grid, load_grid
 from celo_nnx.grids.plan import differing, scales
 from celo_nnx.grids.store import read_grid
 from celo_nnx.run_files import resolve
@@ -85,6 +85,35 @@ def test_what_lacks_most_goes_first():
     assert len(rows) == 2 and columns.tolist() == [0, 1, 2, 4, 5, 6, 7]
 
 
+def nothing(folders, stop, tell):
+    """An engine that runs no cell."""
+
+
+def test_further_cells_are_compared_with_the_first_labels(tmp_path):
+    def told(axes):
+        cells = {"still": ("optimizer.weight_decay=0.2",), "decay": ("optimizer.weight_decay=0.1",)}
+        grid = Grid("g", "Which?", "celo2:fast_digits", axes=axes, cells=cells, seeds=(0, 1, 2))
+        run(grid, folder := tmp_path / f"{len(axes)}", nothing)
+        losses = {"decay": (3.0, 3.0, 3.0), "still": (4.0, 5.0, 6.0)}
+        for entry in read_grid(folder).cells:
+            loss = (losses | {"": LOSSES.get(tuple(entry.labels.values()))})[entry.extra][entry.seed]
+            (entry.folder.path / "result.json").write_text(json.dumps({"outcome": {"meta_loss": loss}}))
+        text = report.write(folder).read_text()
+        return text, list(csv.DictReader((folder / "effects.csv").read_text().splitlines()))
+
+    std = {"small": (), "large": ("meta.estimator.std=0.1",)}
+    text, rows = told({"rate": {x: (f"meta.optimizer.learning_rate={x}",) for x in AXES["rate"]}, "std": std})
+    assert [row["axis"] for row in rows] == ["rate"] * 2 + ["std"] * 2 + ["further cell"] * 3
+    assert [row["label"] for row in rows[-3:]] == ["rate=1e-3 std=small", "still", "decay"]
+    # -1, -2, -3 by seed.
+    assert rows[-1]["reference"] == "rate=1e-3 std=small" and rows[-1]["seeds"] == "3"
+    assert float(rows[-1]["effect"]) == pytest.approx(-2.0) and float(rows[-2]["effect"]) == 0.0
+    assert float(rows[-1]["low"]) == pytest.approx(-2 - T2 / math.sqrt(3))
+    assert "<td>further cell</td><td>decay</td><td>3</td><td>-2</td>" in text
+    _, rows = told({})  # the first one is what the others are compared with
+    assert [(row["reference"], float(row["effect"])) for row in rows] == [("still", 0.0), ("still", -2.0)]
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     # Cells with other pairs, and the same perturbation: their meta-losses are of one scale.
@@ -95,7 +124,7 @@ def made(tmp_path: Path, text: str) -> Path:
     """A grid whose cells have made-up results, but for one that failed and one that waits."""
     grid = load_grid(made_grid.file(tmp_path, text))
     path = tmp_path / "<grid>"
-    run(grid, path, lambda folders, stop, tell: None, command="celo-nnx grid run small.py --run-dir g")
+    run(grid, path, nothing, command="celo-nnx grid run small.py --run-dir g")
     for entry in read_grid(path).cells:
         place = (entry.labels["rate"], entry.labels["std"])
         loss = LOSSES[place][entry.seed]
@@ -199,6 +228,6 @@ def with_scores(folder: Path) -> None:
 
 def test_a_grid_without_results_has_a_report(tmp_path):
     grid = load_grid(made_grid.file(tmp_path))
-    run(grid, tmp_path / "g", lambda folders, stop, tell: None)
+    run(grid, tmp_path / "g", nothing)
     text = report.write(tmp_path / "g").read_text()
     assert "0 of 12 cells are done." in text and "The best variant" not in text and "<svg" not in text
