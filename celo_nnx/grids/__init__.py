@@ -6,8 +6,8 @@
 
 A grid's folder holds::
 
-    grid.json            the question, axes and cells, in their order
-    cells/ID/cell.json   a cell: labels, resolved config, suite
+    grid.json            the question, axes and cells with their labels, in their order
+    cells/ID/cell.json   a cell: resolved config, suite; its ID is a hash of these
     cells/ID/run/        the run folder of its meta-training
     cells/ID/evaluation/ the folder of its evaluation on the suite, where the grid names one
     cells/ID/attempts.jsonl  every start, stop and failure, with the reason

@@ -200,11 +200,11 @@ def _refuse_changed(folder: Path, grid: Grid, cells: Sequence[Cell]) -> None:
     before = read_grid(folder)
     if before.name != grid.name:
         raise UserError(f"{folder} is of the grid {before.name!r}, not {grid.name!r}; name another --run-dir")
-    then = {_place(entry): entry for entry in before.cells}
+    then, ids = {_place(entry): entry for entry in before.cells}, {cell.id for cell in cells}
     changed, found = 0, {}
     for cell in cells:
         entry = then.get(_place(cell))
-        if entry is None or entry.id == cell.id or not entry.folder.starts():
+        if entry is None or entry.id in ids or not entry.folder.starts():  # it may only have a new label
             continue
         changed += 1
         old = read_json(entry.folder.path / CELL_NAME) or {}

@@ -44,8 +44,8 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """First twelve digits of the SHA-256 of all that decides its result, and of its labels."""
-        return identify(self.config, self.suite, {"labels": self.labels, "extra": self.extra})
+        """First twelve digits of the SHA-256 of all that decides its result; what it is called does not."""
+        return identify(self.config, self.suite)
 
     @property
     def name(self) -> str:
@@ -53,7 +53,7 @@ class Cell:
         return name_of(self.labels, self.extra, self.seed)
 
 
-def identify(config: Mapping[str, Any], suite: Mapping[str, Any] | None, label: Mapping[str, Any]) -> str:
+def identify(config: Mapping[str, Any], suite: Mapping[str, Any] | None) -> str:
     """Returns a cell's id.
 
     Of ``run``, only the number of meta-iterations decides the result.
@@ -61,13 +61,17 @@ def identify(config: Mapping[str, Any], suite: Mapping[str, Any] | None, label: 
     Args:
       config: resolved, as JSON values.
       suite: as in :class:`Cell`.
-      label: what the grid calls it.
 
     Example:
-      >>> identify({"seed": 0, "run": {"iterations": 5, "devices": 1}}, None, {})
-      'eac40e4605d5'
+      >>> identify({"seed": 0, "run": {"iterations": 5, "devices": 1}}, None)
+      '39e8194ec3fb'
     """
-    return hashlib.sha256(canonical(_decisive(config, suite) | {"label": label}).encode()).hexdigest()[:12]
+    decisive = {
+        "config": {key: value for key, value in config.items() if key != "run"},
+        "iterations": config["run"]["iterations"],
+        "suite": None if suite is None else suite["settings"],
+    }
+    return hashlib.sha256(canonical(decisive).encode()).hexdigest()[:12]
 
 
 def name_of(labels: Mapping[str, str], extra: str, seed: int) -> str:
@@ -162,18 +166,10 @@ def _suite(grid: Grid) -> dict[str, Any] | None:
     return json.loads(json.dumps(found))
 
 
-def _decisive(config: Mapping[str, Any], suite: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {
-        "config": {key: value for key, value in config.items() if key != "run"},
-        "iterations": config["run"]["iterations"],
-        "suite": None if suite is None else suite["settings"],
-    }
-
-
 def _refuse_twins(cells: Iterable[Cell]) -> None:
     seen: dict[str, Cell] = {}
     for cell in cells:
-        other = seen.setdefault(canonical(_decisive(cell.config, cell.suite)), cell)
+        other = seen.setdefault(cell.id, cell)
         if other is not cell:
             raise UserError(
                 f"cells {other.name!r} and {cell.name!r} have the same config (of run.*, only run.iterations "

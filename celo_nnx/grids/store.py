@@ -52,8 +52,7 @@ class CellFolder:
     def write(self, cell: Cell) -> None:
         """Makes the folder, or renews what of ``run`` may change."""
         self.path.mkdir(parents=True, exist_ok=True)
-        content = {"kind": CELL_KIND, "id": cell.id, "labels": cell.labels, "extra": cell.extra}
-        content |= {"seed": cell.seed, "config": cell.config, "suite": cell.suite}
+        content = {"kind": CELL_KIND, "id": cell.id, "config": cell.config, "suite": cell.suite}
         if read_json(self.path / CELL_NAME) != content:
             write_json(self.path / CELL_NAME, content)
 
@@ -67,8 +66,7 @@ class CellFolder:
         if not isinstance(content, dict) or content.get("kind") != CELL_KIND:
             raise UserError(f"{self.path} is not a cell of a grid: it holds no {CELL_NAME} of one")
         try:
-            label = {"labels": content["labels"], "extra": content["extra"]}
-            found = identify(content["config"], content["suite"], label)
+            found = identify(content["config"], content["suite"])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.path / CELL_NAME} is damaged: {error!r}") from None
         if found != content.get("id"):

@@ -111,6 +111,19 @@ def test_a_changed_cell_is_named_and_accepted_on_demand(grid, files, tmp_path):
     assert run(load_grid(path, few), folder, made_grid.inline).computed == 6
 
 
+def test_another_name_of_a_label_or_one_more_axis_runs_nothing_again(grid, files, done):
+    before = results(done)
+    named = made_grid.FILE.replace('"3e-3": RATE', '"fast": RATE')
+    wider = named.replace("axes=(", 'axes=(("all", {"same": ()}),')
+    swapped = made_grid.FILE.replace('"1e-3": (', '"3e-3": (').replace('"3e-3": RATE', '"1e-3": RATE')
+    for text, place in ((named, "rate=fast"), (wider, "all=same rate=fast"), (swapped, "rate=1e-3")):
+        assert run(load_grid(made_grid.file(files, text), SELDOM), done, made_grid.inline).computed == 0
+        lines = "\n".join(status_lines(read_grid(done)))
+        assert results(done) == before and f"{place} std=small seed=0" in lines and "12 done" in lines
+        assert work.run_cell(read_grid(done).cells[0].folder.path) == "done"
+    run(grid, done, made_grid.inline)
+
+
 def test_stop_ends_the_call(grid, tmp_path):
     asked = []
 

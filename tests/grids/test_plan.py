@@ -1,5 +1,6 @@
 """Grid files and the cells that they make; the papers' grids."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +17,7 @@ from celo_nnx.grids.grid_file import Grid, grids, load_grid
 from celo_nnx.grids.plan import differing, plan
 from celo_nnx.grids.status import plan_lines
 
+GRIDS = Path(__file__).resolve().parents[2] / "experiments" / "grids"
 RATES = {x: (f"meta.optimizer.learning_rate={x}",) for x in ("1e-3", "3e-3")}
 
 
@@ -64,6 +66,9 @@ def test_an_id_says_what_decides_the_result():
     assert with_overrides("run.devices=1", "run.data_dir=elsewhere") == ids
     assert not set(with_overrides("run.iterations=7")) & set(ids)
     assert not set(with_overrides("meta.estimator.std=0.02")) & set(ids)
+    # What a cell is called decides nothing.
+    renamed = {"pace": {"slow": RATES["1e-3"], "fast": RATES["3e-3"]}, "all": {"same": ()}}
+    assert [cell.id for cell in plan(dataclasses.replace(one, axes=renamed))] == ids
     suites = [dataclasses.replace(one, suite="smoke", suite_overrides=x) for x in ((), ("steps=100",))]
     assert len({*ids, *(cell.id for some in suites for cell in plan(some))}) == 6
 
@@ -145,5 +150,8 @@ def test_the_papers_grids_can_be_planned_and_built(name):
     optimizers = {json.dumps(cell.config["optimizer"]): cell.config["optimizer"] for cell in cells}
     for section in optimizers.values():
         jax.eval_shape(lambda section=section: build(section).theta)
-    path = Path(__file__).resolve().parents[2] / "experiments" / "grids" / f"{name}.py"
-    assert len(path.read_text().splitlines()) <= 40
+    assert len((GRIDS / f"{name}.py").read_text().splitlines()) <= 40
+    recorded = GRIDS / "results" / f"{name}-cells.csv"
+    if recorded.exists():
+        rows = csv.DictReader(recorded.read_text().splitlines())
+        assert [row["id"] for row in rows] == [cell.id for cell in cells]
