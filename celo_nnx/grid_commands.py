@@ -57,7 +57,7 @@ def add(verbs: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
         grid_run,
         "run the cells that have no result yet, each as a process of its own; the same command goes on after "
         "any interruption. SIGTERM and Ctrl-C save and stop; jobs of Slurm go on. Exit code 1 if cells have "
-        "failed for good",
+        "failed for good or a result is damaged",
         "grid run output_normalization --run-dir runs/output --jobs 2",
         "grid run output_normalization run.iterations=50 --run-dir runs/few --retries 0",
         "grid run output_normalization --run-dir runs/output --engine slurm --gpus 1 --time 4:00:00",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from celo_nnx import lock
-from celo_nnx.errors import UserError
+from celo_nnx.errors import UserError, printable
 from celo_nnx.files import read_json, told
 from celo_nnx.grids import local, slurm
 from celo_nnx.grids.grid_file import Grid
@@ -47,6 +47,7 @@ class Outcome:
       done: how many have their result.
       computed: how many of them this call has added.
       failed: how many have used up their attempts.
+      damaged: how many have a result that cannot be read, which is left as it is.
       stopped_by: the number of the signal that ended the call, 0 for none.
       seconds: wall-clock time of this call.
     """
@@ -56,6 +57,7 @@ class Outcome:
     done: int
     computed: int
     failed: int
+    damaged: int
     stopped_by: int
     seconds: float
 
@@ -102,13 +104,19 @@ def run(
             if one.state() not in ("done", "running"):
                 one.write(cell)
         names = {folder_of(folder, cell.id).path: cell.name for cell in cells}
-        before = sum(one.result() is not None for one in folders)
-        engine(folders, asked, _Teller(names, before, len(cells) - before))
-    done = sum(one.result() is not None for one in folders)
-    failed = sum(one.state() == "failed" for one in folders)
+        before = [one.state() for one in folders]
+        left = len(cells) - before.count("done") - before.count("damaged")
+        teller = _Teller(names, before.count("done"), left)
+        for one, state in zip(folders, before, strict=True):
+            if state == "damaged":
+                teller(state, one)
+        engine(folders, asked, teller)
+    after = [one.state() for one in folders]
+    done, failed, damaged = (after.count(state) for state in ("done", "failed", "damaged"))
+    computed = done - before.count("done")
     signum = int(asked()) if done < len(cells) else 0
     seconds = round(time.monotonic() - begin, 1)
-    return Outcome(str(folder), len(cells), done, done - before, failed, signum, seconds)
+    return Outcome(str(folder), len(cells), done, computed, failed, damaged, signum, seconds)
 
 
 def cancel(folder: Path | str) -> int:
@@ -140,7 +148,7 @@ class _Teller:
     """Tells of cells on stderr, a line each."""
 
     def __init__(self, names: dict[Path, str], done: int, left: int) -> None:
-        self._names, self._done, self._all = names, done, done + left
+        self._names, self._done, self._all = names, done, len(names)
         self._say(f"{left} cells to run, {done} are done" if done else f"{left} cells to run")
 
     def _say(self, text: str) -> None:
@@ -153,6 +161,8 @@ class _Teller:
         if event == "done":
             result = folder.result() or {}
             more = f"  {told_outcome(result.get('outcome', {}))}"
+        elif event == "damaged":
+            more = f"  {printable(folder.damage())}"
         elif event in ("retried", "failed"):
             more = (
                 f"  {folder.failure() or 'ended'} (log: {shlex.quote(os.path.relpath(folder.path / 'log'))})"

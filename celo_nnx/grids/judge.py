@@ -17,7 +17,7 @@ class Judge:
 
     Args:
       retries: how many more attempts a cell has that fails or dies, unless by a mistake of the user.
-      tell: called with ``"done"``, ``"retried"`` or ``"failed"``.
+      tell: called with ``"done"``, ``"damaged"``, ``"retried"`` or ``"failed"``.
     """
 
     def __init__(self, retries: int, tell: Tell) -> None:
@@ -35,8 +35,8 @@ class Judge:
         Returns:
           Whether the cell is to be tried again.
         """
-        if folder.state() == "done":
-            self._tell("done", folder)
+        if (state := folder.state()) in ("done", "damaged"):
+            self._tell(state, folder)
             return False
         if folder.held():  # two drivers' processes have met; this one gave way
             return True

@@ -38,8 +38,8 @@ class Engine(Protocol):
         Args:
           folders: all cells of the grid, each with its ``cell.json``; those with a result are left alone.
           stop: a true value has the engine stop its processes, which save, and return.
-          tell: called with ``"started"`` or ``"submitted"``, ``"done"``, ``"retried"``, ``"failed"`` or
-            ``"adopted"``.
+          tell: called with ``"started"`` or ``"submitted"``, ``"done"``, ``"damaged"``, ``"retried"``,
+            ``"failed"`` or ``"adopted"``.
         """
 
 
@@ -96,7 +96,7 @@ class Local:
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`Engine`."""
-        waiting = deque(folder for folder in folders if folder.result() is None)
+        waiting = deque(folder for folder in folders if folder.state() not in ("done", "damaged"))
         free = deque(slots(min(self.jobs, max(1, len(folders)))))
         judge = Judge(self.retries, tell)
         active: list[_Active] = []

@@ -174,9 +174,8 @@ def html(grid: GridFolder, rows: Sequence[Row], found: dict[str, list[Effect]]) 
 def summary(grid: GridFolder, rows: Sequence[Row], found: dict[str, list[Effect]]) -> list[str]:
     """The question, how far the grid is, and the effects that stand out, in sentences."""
     states = [row.state for row in rows]
-    done, failed = states.count("done"), states.count("failed")
-    text = f"{done} of {len(rows)} cells are done"
-    text += f", {failed} failed." if failed else "."
+    text = f"{states.count('done')} of {len(rows)} cells are done"
+    text += "".join(f", {n} {state}" for state in ("failed", "damaged") if (n := states.count(state))) + "."
     out = [grid.question, text]
     if shown := [name for name in judged(rows) if name in found]:
         name, some = shown[0], found[shown[0]]

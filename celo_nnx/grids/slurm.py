@@ -92,7 +92,7 @@ class Slurm:
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`celo_nnx.grids.local.Engine`; what is queued when it returns goes on."""
-        folders = [folder for folder in folders if folder.result() is None]
+        folders = [folder for folder in folders if folder.state() not in ("done", "damaged")]
         name, jobs = read_jobs(self.folder)
         if not name:  # before the first submission, so that its jobs are found whenever the driver dies
             name = f"celo-{secrets.token_hex(6)}"
@@ -210,7 +210,7 @@ class Watch:
         for folder in [f for f in self.folders if f in self.starts]:
             alive = jobs.get(folder.path.name) in queue or folder.held()
             self._missed[folder] = 0 if alive else self._missed.get(folder, 0) + 1
-            if folder.result() is not None or self._missed[folder] >= GONE:
+            if folder.state() in ("done", "damaged") or self._missed[folder] >= GONE:
                 self._missed.pop(folder)
                 out.append((folder, self.starts.pop(folder)))
         return out

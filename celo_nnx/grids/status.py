@@ -65,9 +65,11 @@ def status_lines(grid: GridFolder) -> list[str]:
 
 
 def remark(folder: CellFolder, state: str, jobs: Mapping[str, str]) -> str:
-    """Returns a cell's numbers, the state of its job in Slurm, or why it failed."""
+    """Returns a cell's numbers, the state of its job in Slurm, or what went wrong."""
     if state == "done":
         return told_outcome((folder.result() or {})["outcome"])
+    if state == "damaged":
+        return printable(folder.damage())
     if folder.path.name in jobs:
         return f"Slurm: {jobs[folder.path.name].lower()}"
     return printable(short(folder.failure())) if folder.failure() else ""

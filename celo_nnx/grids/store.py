@@ -22,7 +22,7 @@ CELL_KIND = "celo_nnx grid cell"
 GRID_NAME, CELL_NAME, RESULT_NAME = "grid.json", "cell.json", "result.json"
 ATTEMPTS_NAME, LOG_NAME, RUN_NAME, EVALUATION_NAME = "attempts.jsonl", "log", "run", "evaluation"
 CANCEL_NAME = "cancel"  # a file that asks the grid's driver, wherever it runs, to stop
-STATES = ("done", "running", "failed", "stopped", "waiting")
+STATES = ("done", "running", "failed", "damaged", "stopped", "waiting")
 
 
 class CellFolder:
@@ -76,11 +76,27 @@ class CellFolder:
         return content
 
     def result(self) -> dict[str, Any] | None:
-        """Returns the cell's numbers, None while it has none."""
-        found = read_json(self.path / RESULT_NAME)
+        """Returns the cell's numbers, None while it has none.
+
+        Raises:
+          UserError: the file is damaged; the line says how to run the cell again.
+        """
+        path, again = self.path / RESULT_NAME, "delete it, and grid run runs the cell again"
+        try:
+            found = read_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; {again}") from None
         if found is not None and not (isinstance(found, dict) and isinstance(found.get("outcome"), dict)):
-            raise UserError(f"{self.path / RESULT_NAME} is not the result of a cell")
+            raise UserError(f"{path} is not the result of a cell; {again}")
         return found
+
+    def damage(self) -> str:
+        """Returns what is wrong with the result, empty where it can be read or there is none."""
+        try:
+            self.result()
+        except UserError as error:
+            return str(error)
+        return ""
 
     def note(self, event: str, **more: Any) -> None:
         """Adds a line to the attempts."""
@@ -124,7 +140,7 @@ class CellFolder:
     def state(self) -> str:
         """Returns one of :data:`STATES`; a stopped cell goes on from its checkpoint."""
         if (self.path / RESULT_NAME).exists():
-            return "done"
+            return "damaged" if self.damage() else "done"
         if self.held():
             return "running"
         if self.failure():

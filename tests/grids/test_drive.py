@@ -12,7 +12,7 @@ import pytest
 from celo_nnx import lock
 from celo_nnx.cli import main
 from celo_nnx.errors import UserError
-from celo_nnx.grids import local, work
+from celo_nnx.grids import local, report, work
 from celo_nnx.grids.drive import run
 from celo_nnx.grids.grid_file import load_grid
 from celo_nnx.grids.status import status_lines
@@ -176,6 +176,30 @@ def test_damaged_files_are_told(grid, tmp_path):
     (folder / "grid.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="is damaged"):
         read_grid(folder)
+
+
+@pytest.mark.parametrize("text", ["", '{"outcome": {"meta_lo', "{}"])
+def test_a_damaged_result_stops_no_other_cell(grid, tmp_path, capsys, text):
+    folder = tmp_path / "g"
+    run(grid, folder, lambda folders, stop, tell: made_grid.inline(folders[:1], stop, tell))
+    path = read_grid(folder).cells[0].folder.path / "result.json"
+    whole = path.read_text()
+    path.write_text(text)
+    again = f"{path} is not .*; delete it, and grid run runs the cell again"
+    with pytest.raises(UserError, match=again):
+        work.run_cell(path.parent)
+    seen = []
+    capsys.readouterr()
+    outcome = run(grid, folder, lambda folders, stop, tell: seen.extend(folders[:11]))
+    assert (outcome.done, outcome.failed, outcome.damaged) == (0, 0, 1) and len(seen) == 11
+    assert path.parent not in [one.path for one in seen] and path.read_text() == text
+    assert re.search(f"rate=1e-3 std=small seed=0: damaged  {again}", capsys.readouterr().err)
+    lines = status_lines(read_grid(folder))
+    assert re.search(f" damaged .*{again}", lines[1]) and lines[-1] == "12 cells: 1 damaged, 11 waiting"
+    assert "0 of 12 cells are done, 1 damaged." in report.write(folder).read_text()
+    path.unlink()
+    assert run(grid, folder, lambda folders, stop, tell: made_grid.inline(folders[:1], stop, tell)).done == 1
+    assert json.loads(path.read_text())["outcome"] == json.loads(whole)["outcome"]
 
 
 def test_commands(files, tmp_path, capsys, monkeypatch):
