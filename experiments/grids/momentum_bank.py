@@ -28,5 +28,8 @@ def get_config() -> ConfigDict:
             ),
             axes=(("momenta", bank),),
             seeds=(0, 1, 2),
+            # So short a course of the meta-loss hardly tells variants apart, and a slow momentum needs longer
+            # runs than smoke's: these have 1,000 steps, those of meta-training 100 to 2,000.
+            suite="selection",
         )
     )

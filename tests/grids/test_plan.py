@@ -147,6 +147,9 @@ def test_the_papers_grids_can_be_planned_and_built(name):
     found = load_grid(name)
     cells = plan(found)
     assert found.question.endswith("?") and len(found.seeds) == 3 and grids()[name]
+    for cell in cells:
+        lengths = cell.config["meta"]["unroll"]
+        assert lengths["minimum"] <= cell.suite["settings"]["steps"] <= lengths["maximum"]
     optimizers = {json.dumps(cell.config["optimizer"]): cell.config["optimizer"] for cell in cells}
     for section in optimizers.values():
         jax.eval_shape(lambda section=section: build(section).theta)
