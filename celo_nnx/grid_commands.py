@@ -50,7 +50,10 @@ def add(verbs: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
         into=kinds,
     )
     grid(sub)
-    text = "also meta-train the first cell for a few meta-iterations, and say how long all of them will take"
+    text = (
+        "also meta-train one cell of each program (cells that differ in seed and real numbers alone have "
+        "one) for a few meta-iterations, and say how long the meta-training of all cells will take"
+    )
     sub.add_argument("--probe", action="store_true", help=text)
     sub = command(
         "run",
@@ -115,11 +118,12 @@ def grid_plan(args: argparse.Namespace) -> int:
     grid = load_grid(args.grid, args.overrides)
     cells = plan(grid)
     print(*plan_lines(grid, cells), sep="\n", flush=True)
-    if args.probe:
-        from celo_nnx.grids.probe import probe, told
+    if not args.probe:
+        print("--probe says about how long they take, from a few meta-iterations of one cell of each program")
+        return 0
+    from celo_nnx.grids.probe import probe, told
 
-        more = ", evaluation not counted" if grid.suite else ""
-        print(told(probe(cells), cells) + more)
+    print(told(probe(cells), len(cells), grid.suite))
     return 0
 
 

@@ -12,9 +12,10 @@ import pytest
 from celo_nnx import lock
 from celo_nnx.cli import main
 from celo_nnx.errors import UserError
-from celo_nnx.grids import local, report, work
+from celo_nnx.grids import local, probe, report, work
 from celo_nnx.grids.drive import run
 from celo_nnx.grids.grid_file import load_grid
+from celo_nnx.grids.plan import plan
 from celo_nnx.grids.status import status_lines
 from celo_nnx.grids.store import CellFolder, read_grid
 
@@ -202,10 +203,27 @@ def test_a_damaged_result_stops_no_other_cell(grid, tmp_path, capsys, text):
     assert json.loads(path.read_text())["outcome"] == json.loads(whole)["outcome"]
 
 
+def test_a_probe_times_one_cell_of_each_program(grid):
+    """Rates are real numbers, which compile to as much work; the number of pairs is none."""
+    cells, timed = plan(grid), []
+
+    def times(cell):
+        timed.append(cell.name)
+        return 1.0, 0.1 * cell.config["meta"]["estimator"]["pairs"]
+
+    with mock.patch.object(probe, "_timed", times):
+        found = probe.probe(cells)
+    assert timed == ["rate=1e-3 std=small seed=0", "rate=1e-3 std=large seed=0"]
+    assert found.each == pytest.approx((0.8, 0.4)) and found.total == pytest.approx(12 + 6 * 12 * (0.8 + 0.4))
+    text = probe.told(found, 12, "smoke")
+    assert "0.4 to 0.8 s a meta-iteration" in text and "evaluation on smoke is not included" in text
+
+
 def test_commands(files, tmp_path, capsys, monkeypatch):
     path, folder = made_grid.file(files), str(tmp_path / "g")
     assert main(["grid", "plan", path, "run.iterations=4"]) == 0
-    assert "12 cells, 48 meta-iterations" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "12 cells, 48 meta-iterations" in out and out.splitlines()[-1].startswith("--probe says about how")
     with fake_run.assembled(pause=0.02):
         assert main(["grid", "plan", path, "--probe"]) == 0
     assert re.search(r"about .* for 12 cells .* 0\.\d+ s a meta-iteration", capsys.readouterr().out)
