@@ -193,7 +193,7 @@ def _value(text: str, old: Any, key: str) -> Any:
     if isinstance(old, bool):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-    elif isinstance(old, tuple):
+    elif isinstance(old, (tuple, list)):  # a config that was stored as JSON has lists
         if isinstance(value, str):
             value = tuple(part.strip() for part in value.split(",") if part.strip())
         return value if isinstance(value, tuple) else tuple(value) if isinstance(value, list) else (value,)

@@ -136,6 +136,9 @@ def test_each_phase_is_the_base_with_its_changes() -> None:
     assert one.config.meta.optimizer.learning_rate == 0.02 and one.config.meta.frozen == ()
     assert two.config.meta.optimizer.learning_rate == 1e-4 and two.config.meta.frozen == ("update_rule/",)
     assert three.config.meta.frozen == () and three.config.meta.phases == ()
+    # Cells of a grid train the config that they have stored, in which tuples are lists.
+    _, stored, _ = plan(ConfigDict(json.loads(json.dumps(config().to_dict()))))
+    assert tuple(stored.config.meta.frozen) == ("update_rule/",)
 
 
 @pytest.mark.parametrize(
