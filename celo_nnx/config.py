@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from celo_nnx.errors import UserError, require, require_section, unknown
+from celo_nnx.errors import UserError, require, require_section, told, unknown
 
 # Decay of the average of theta, patterns of the leaves that rest, and phases: without them as published.
 META_OPTIONS: dict[str, Any] = dict(average=0.0, frozen=(), phases=())
@@ -130,15 +130,11 @@ def run_get_config(module: Any, argument: str, source: str) -> ConfigDict:
     """
     if not hasattr(module, "get_config"):
         raise UserError(f"config {source} has no function get_config")
-    takes = bool(inspect.signature(module.get_config).parameters)
-    if argument and not takes:
-        raise UserError(f"config {source} takes no argument, got {argument!r}")
-    try:
+    with told(f"get_config of {source}"):
+        takes = bool(inspect.signature(module.get_config).parameters)
+        if argument and not takes:
+            raise UserError(f"config {source} takes no argument, got {argument!r}")
         config = module.get_config(argument) if argument else module.get_config()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"get_config of {source} failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config of {source} returned {type(config).__name__}, expected a ConfigDict")
     return config
@@ -173,12 +169,8 @@ def run_module(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"celo_nnx_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
+    with told(f"config file {name}"):
         spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config file {name} failed: {type(error).__name__}: {error}") from None
     return module
 
 

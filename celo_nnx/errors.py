@@ -50,7 +50,7 @@ def told(what: str) -> Iterator[None]:
       what: what the code is, such as ``"the loss"``.
 
     Raises:
-      UserError: in the place of any other exception, which is its cause.
+      UserError: in the place of any other exception, which is its cause; of ``sys.exit()`` too.
 
     Example:
       >>> with told("the loss"):
@@ -62,12 +62,12 @@ def told(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = str(error).strip().split("\n")[0]
         raise UserError(f"{what} failed: {type(error).__name__}: {message}{_own_line(error)}") from error
 
 
-def _own_line(error: Exception) -> str:
+def _own_line(error: BaseException) -> str:
     """Returns the innermost line of an error that lies in no installed package, in brackets, or nothing."""
     paths = sysconfig.get_paths()
     installed = (str(Path(__file__).parent), paths["stdlib"], paths["purelib"], paths["platlib"])

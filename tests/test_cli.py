@@ -55,6 +55,15 @@ def test_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], argv: list[str]
     assert words in fails(capsys, *argv)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_config_file_that_exits_is_a_mistake(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, inside: bool
+) -> None:
+    file, indent = tmp_path / "mine.py", "    " if inside else ""
+    file.write_text(f"def get_config():\n    pass\n{indent}import sys; sys.exit(0)\n")
+    assert f"failed: SystemExit: 0 ({file}, line 3)" in fails(capsys, "describe", str(file))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
