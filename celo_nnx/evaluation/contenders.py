@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from celo_nnx.build import build
 from celo_nnx.build import resolve as resolve_parts
 from celo_nnx.config import load, presets, run_module
-from celo_nnx.errors import UserError, unknown
+from celo_nnx.errors import UserError, told, unknown
 from celo_nnx.evaluation.baselines import BASELINES, SCHEDULES, Rule, lookup, trained
 from celo_nnx.evaluation.suites import file_digest
 from celo_nnx.evaluation.tuning import LIMIT
@@ -99,6 +100,9 @@ class FileRule:
       file: SHA-256 of its text.
       schedule: a key of :data:`celo_nnx.evaluation.baselines.SCHEDULES`.
       num_steps: updates of the whole run.
+
+    Raises:
+      UserError: on a call, where ``get_optimizer`` fails or gives something else.
     """
 
     path: str
@@ -109,7 +113,14 @@ class FileRule:
     def __call__(self, learning_rate: Array) -> optax.GradientTransformationExtraArgs:
         """Returns the optax rule; the learning rate may be traced."""
         rate = SCHEDULES[self.schedule](learning_rate, self.num_steps)
-        return optax.with_extra_args_support(_get_optimizer(self.path, self.file)(rate))
+        what = f"get_optimizer of {self.path}"
+        with told(what):
+            made = _get_optimizer(self.path, self.file)(rate)
+        if not all(callable(getattr(made, name, None)) for name in ("init", "update")):
+            raise UserError(
+                f"{what} returned {type(made).__name__}, expected an optax GradientTransformation"
+            )
+        return optax.with_extra_args_support(made)
 
 
 @functools.lru_cache(maxsize=16)
@@ -127,7 +138,9 @@ def _built(parts: str) -> LearnedOptimizer:
         return build(json.loads(parts), jax.random.key(0), {"kind": HAND_MADE})
 
 
-def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Contender]:
+def contenders(
+    names: Sequence[str], weights: Sequence[str] = (), schedule: str = "constant"
+) -> list[Contender]:
     """Finds optimizers by what a user calls them.
 
     Args:
@@ -138,12 +151,14 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
       weights: each ``[VARIANT=]PATH``, or a name in the place of the path, ``hand_made`` among them: the
         theta of a variant among ``names``; given several times for one variant, each is compared. Without
         ``VARIANT=`` there must be one variant.
+      schedule: with which a function of the user's is tried.
 
     Returns:
       One for each name and weights, with different labels, Adam among them: scores are relative to it.
 
     Raises:
-      UserError: an unknown name, weights that are missing or do not fit, or two of one label.
+      UserError: an unknown name, weights that are missing or do not fit, a function of the user's that fails
+        or gives no optimizer, or two of one label.
 
     Example:
       >>> [c.label for c in contenders(["muon", "celo2"])]
@@ -162,7 +177,7 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
                 label = name if path == own else f"{name}@{stem(path)}"
                 found.append(learned(label, parts, None if path == HAND_MADE else path))
         else:
-            found.append(_from_path(name))
+            found.append(_from_path(name, schedule))
     labels = [c.label for c in found]
     for label in labels:
         if labels.count(label) > 1:
@@ -170,7 +185,7 @@ def contenders(names: Sequence[str], weights: Sequence[str] = ()) -> list[Conten
     return found
 
 
-def _from_path(name: str) -> Contender:
+def _from_path(name: str, schedule: str) -> Contender:
     """Returns the optimizer of ``[LABEL=]PATH``."""
     label, _, path = name.rpartition("=")
     if not is_path(path):
@@ -178,19 +193,28 @@ def _from_path(name: str) -> Contender:
     if label in BASELINES or label in _variants():
         raise UserError(f"{label!r} is an optimizer of its own and cannot be the label of {path}")
     label = label or stem(path)
-    return from_file(label, path) if path.endswith(".py") else learned(label, parts_of(path), path)
+    if path.endswith(".py"):
+        return from_file(label, path, schedule)
+    return learned(label, parts_of(path), path)
 
 
-def from_file(label: str, path: str) -> Contender:
+def from_file(label: str, path: str, schedule: str = "constant") -> Contender:
     """Returns an optimizer of the user's: ``get_optimizer(learning_rate)`` of a Python file.
 
+    Args:
+      label: its name.
+      path: of the file.
+      schedule: with which the function is tried.
+
     Raises:
-      UserError: there is no such file or function.
+      UserError: there is no such file or function, or the function fails or gives no optimizer.
     """
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     file = file_digest(path)
-    _get_optimizer(path, file)
+    rule = FileRule(path, file, schedule, 1)
+    # Under a trace, as in training: a float() of the learning rate fails here too.
+    jax.eval_shape(lambda rate: (rule(rate), None)[1], jax.ShapeDtypeStruct((), jnp.float32))
     return Contender(
         label=label,
         about=f"get_optimizer of {path}",

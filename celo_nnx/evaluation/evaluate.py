@@ -107,7 +107,7 @@ def evaluate(
     begin = time.monotonic()
     # Runs are spread over as many host devices as there are cores; JAX must know before its first use.
     choose_devices(0, cores())
-    found = contenders(optimizers, weights)
+    found = contenders(optimizers, weights, suite.schedule)
     data, skipped = _read_all(suite, data_dir, skip_missing)
     plans = [p for task in data for p in _plans(suite, task, data[task], found)]
     folder = Path(folder)

@@ -127,3 +127,22 @@ def test_mistakes_are_one_clear_line(small, tmp_path):
         with pytest.raises(UserError) as error:
             contenders.contenders(names, weights)
         assert words in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "schedule", "words"),
+    [
+        ("return 3", "constant", "returned int, expected an optax GradientTransformation"),
+        ("return 1 / 0", "constant", "failed: ZeroDivisionError: division by zero"),
+        ("return optax.sgd(2 * lr)", "cosine", "failed: TypeError: unsupported operand"),
+        ("import sys; sys.exit(0)", "constant", "failed: SystemExit: 0"),
+    ],
+)
+def test_a_function_of_the_users_is_tried_at_once(body, schedule, words, tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(f"import optax\ndef get_optimizer(lr):\n    {body}\n")
+    with pytest.raises(UserError) as error:
+        contenders.contenders([str(path)], schedule=schedule)
+    told = str(error.value)
+    assert f"get_optimizer of {path} {words}" in told, told
+    assert f"({path}, line 3)" in told or "returned" in words, told

@@ -186,7 +186,7 @@ def test_a_folder_of_something_else_is_left_alone(done, file, tmp_path):
 
 def test_a_label_stands_for_one_optimizer(done, file, monkeypatch):
     other = dataclasses.replace(baseline("sgd"), config={"baseline": "sgd", "about": "with momentum"})
-    monkeypatch.setattr(module, "contenders", lambda names, weights: [baseline("adam"), other])
+    monkeypatch.setattr(module, "contenders", lambda *_: [baseline("adam"), other])
     with pytest.raises(
         UserError,
         match=r"sgd on bowl is there with another optimizer; name another",
