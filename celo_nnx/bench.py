@@ -42,7 +42,7 @@ def transformer_shapes(params: int) -> PyTree:
       >>> len(jax.tree.leaves(transformer_shapes(10_000_000)))
       148
     """
-    require(params >= 200_000, "params", params, "an integer of at least 200000")
+    require(200_000 <= params <= 10**10, "params", params, "an integer from 200000 to 10**10")
     width = 8
     while _count(width + 8) <= params * 1.02:
         width += 8

@@ -1,8 +1,8 @@
 """The command ``celo-nnx``: arguments in, one function call, lines out.
 
 Exit codes: 0 done (a run that was asked to stop and has saved is done too), 1 a replay is not within its
-tolerance, cells of a grid have failed or the doctor has found a fault, 2 a mistake of the user, or a run that
-has stopped itself (run.stop_after_non_finite), told in one line, 130 interrupted.
+tolerance, cells of a grid have failed or the doctor has found a fault, 2 a mistake of the user, too little
+memory, or a run that has stopped itself (run.stop_after_non_finite), told in one line, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -367,6 +367,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if processes.is_first():
             print(f"celo-nnx: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # JAX's error is told by its words: importing JAX takes time.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"celo-nnx: error: out of memory: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("celo-nnx: interrupted", file=sys.stderr)

@@ -181,7 +181,7 @@ def bench_step(args: argparse.Namespace) -> int:
     named = {"names": args.optimizer} if args.optimizer else {}
     if args.suite and args.params:
         raise UserError("--params and --suite are two ways to say which models: give one of them")
-    models = [({}, params) for params in args.params or [10_000_000]]
+    models = [({}, bench.transformer_shapes(params)) for params in args.params or [10_000_000]]
     if args.suite:
         models = [({"task": task}, tree) for task, tree in bench.suite_shapes(args.suite).items()]
     for told, params in models:

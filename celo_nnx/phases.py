@@ -86,8 +86,8 @@ def _section(section: Any, where: str, last: bool) -> tuple[str, int, tuple[str,
     name, budget, changes = section.get("name"), section.get("iterations"), section.get("set", ())
     require(isinstance(name, str) and name != "", f"{where}.name", name, "a name")
     least = 0 if last else 1
-    legal = f"an integer >= {least}" + (" (0 = until run.iterations)" if last else "")
-    require(type(budget) is int and budget >= least, f"{where}.iterations", budget, legal)
+    legal = f"an integer >= {least} and < 2**31" + (" (0 = until run.iterations)" if last else "")
+    require(type(budget) is int and least <= budget < 2**31, f"{where}.iterations", budget, legal)
     strings = isinstance(changes, (tuple, list)) and all(isinstance(change, str) for change in changes)
     require(strings, f"{where}.set", changes, "a tuple of overrides KEY=VALUE")
     for change in changes:

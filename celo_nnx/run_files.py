@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from celo_nnx import lock, processes
-from celo_nnx.errors import UserError, is_integer, require
+from celo_nnx.errors import UserError, is_integer, is_number, require
 from celo_nnx.files import read_json, write_json
 from celo_nnx.meta import checkpoint
 from celo_nnx.phases import Phase
@@ -108,10 +108,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         ("stop_after_non_finite", 0),
     ):
         value = options.get(name, 0) if name == "stop_after_non_finite" else options[name]
-        require(_whole(value, least), f"run.{name}", value, f"an integer >= {least}")
+        legal = f"an integer >= {least} and < 2**31"  # counted in int32
+        require(_whole(value, least) and value < 2**31, f"run.{name}", value, legal)
     seconds = options["checkpoint_seconds"]
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds >= 0
-    require(number, "run.checkpoint_seconds", seconds, "a number >= 0")
+    require(is_number(seconds) and seconds >= 0, "run.checkpoint_seconds", seconds, "a finite number >= 0")
 
 
 def _whole(value: Any, least: int) -> bool:

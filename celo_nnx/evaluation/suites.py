@@ -18,13 +18,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from celo_nnx import config as configs
-from celo_nnx.errors import UserError, is_name, require, unknown
+from celo_nnx.errors import UserError, is_count, is_name, require, unknown
 from celo_nnx.evaluation.baselines import SCHEDULES
 from celo_nnx.interfaces import Family
 from celo_nnx.tasks import build_families, complete, trial
 from celo_nnx.tasks.builders import within
 
 EVERY = "tasks.*."
+MOST_SEEDS = 1024
+MOST_STEPS = 10**8  # Adam's longer runs count in int32 too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +64,8 @@ class Suite:
     def __post_init__(self) -> None:
         """Checks every value and completes the sections of tasks."""
         for field in ("steps", "seeds", "evaluations", "batches"):
-            value = getattr(self, field)
-            require(type(value) is int and value >= 1, field, value, "an integer >= 1")
+            value, most = getattr(self, field), MOST_SEEDS if field == "seeds" else MOST_STEPS
+            require(is_count(value) and value <= most, field, value, f"an integer from 1 to {most}")
         divides = self.steps % self.evaluations == 0
         require(divides, "evaluations", self.evaluations, f"a divisor of steps = {self.steps}")
         if not is_name(self.schedule, SCHEDULES):

@@ -27,6 +27,7 @@ Array = jax.Array
 PyTree = Any
 
 AGAINST = ("momentum", "adam", "sign", "gradient")  # what steps are compared with
+MOST = 100_000  # steps, all of which are kept
 DECAY = 0.9  # of the momentum that steps are compared with
 
 
@@ -99,7 +100,7 @@ def record(
     Args:
       optimizer: its update rule is an MLP over features.
       family: the network and its data; by default :func:`digits`.
-      steps: updates, at least 2.
+      steps: updates, from 2 to :data:`MOST`.
       seeds: networks, at least 1; each starts and draws batches in its own way, the same for every theta.
       learning_rate: by default the optimizer's schedule.
       told: is called with the number of steps done, after each.
@@ -114,7 +115,7 @@ def record(
       >>> from celo_nnx import load_optimizer
       >>> recording = record(load_optimizer("celo2"), steps=60)  # doctest: +SKIP
     """
-    require(type(steps) is int and steps >= 2, "steps", steps, "an integer of at least 2")
+    require(type(steps) is int and 2 <= steps <= MOST, "steps", steps, f"an integer from 2 to {MOST}")
     require(type(seeds) is int and seeds >= 1, "seeds", seeds, "an integer of at least 1")
     optimizer = optimizer.with_settings(kernel="xla", tile=0)
     groups = tuple(first_layer(optimizer))

@@ -264,6 +264,7 @@ def test_files_are_renewed_at_the_default_place_only(
         (["none.safetensors"], "no theta at none.safetensors"),
         (["celo2=celo"], "theta of another optimizer"),
         (["celo2", "--steps", "1"], "steps = 1 is out of range"),
+        (["celo2", "--steps", "99999999999"], "steps = 99999999999 is out of range"),
         (["celo2", "--learning-rate", "-1"], "learning_rate = -1.0 is out of range"),
         (["celo2", "--out", "a.txt"], "out = 'a.txt' is out of range: must be a new file NAME.html"),
         (["celo2", "--out", "none/a.html"], "no folder none for a.html"),
