@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from celo_nnx.errors import UserError, require, require_section, told, unknown
+from celo_nnx.errors import UserError, is_number, require, require_section, told, unknown
 
 # Decay of the average of theta, patterns of the leaves that rest, and phases: without them as published.
 META_OPTIONS: dict[str, Any] = dict(average=0.0, frozen=(), phases=())
@@ -182,6 +182,7 @@ def _value(text: str, old: Any, key: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
+    require(_finite(value), key, text, "finite in float32")  # Python reads 1e999 as infinity
     if isinstance(old, bool):
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -194,6 +195,13 @@ def _value(text: str, old: Any, key: str) -> Any:
     elif isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     raise UserError(f"{key} = {text!r}: expected {type(old).__name__}, as in {key}={old!r}")
+
+
+def _finite(value: Any) -> bool:
+    """Whether every number of a value is."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_finite, value))
+    return is_number(value) or not isinstance(value, (int, float)) or isinstance(value, bool)
 
 
 def locate(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
@@ -282,6 +290,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
             if key not in known:
                 raise unknown(f"key of {where},", key, known)
     config.meta = ConfigDict(META_OPTIONS | config.meta.to_dict())
+    rule = config.meta.get("optimizer")
+    rate = rule.get("learning_rate") if isinstance(rule, ConfigDict) else None
+    good = not isinstance(rate, (int, float)) or is_number(rate) and rate >= 0  # it may be a schedule
+    require(good, "meta.optimizer.learning_rate", rate, "a finite number >= 0")
     config.theta_init = ConfigDict(THETA_INIT | config.theta_init.to_dict())
     config.run = ConfigDict(run_section() | config.run.to_dict())
     config.optimizer = ConfigDict(build.resolve(config.optimizer.to_dict()))

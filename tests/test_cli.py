@@ -10,7 +10,7 @@ import fake_run
 import numpy as np
 import pytest
 
-from celo_nnx import lock
+from celo_nnx import commands, lock
 from celo_nnx.cli import main
 from celo_nnx.theta_io import load_theta
 
@@ -45,6 +45,16 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["describe", "celo2", "optimizer.scheduel.value=1"], "schedule"),
         (["describe", "celo2", "seed=x"], "seed"),
         (["describe", "celo2", "theta_init.kind=fiel"], "did you mean 'file'"),
+        (["describe", "celo2", "optimizer.schedule.value=1e999"], "'1e999' is out of range: must be finite"),
+        (["describe", "celo2", "meta.estimator.std=-1e39"], "must be finite"),
+        (["describe", "celo2", "meta.estimator.weights=(1,1e999)"], "must be finite"),
+        (
+            ["describe", "celo2", "meta.optimizer.learning_rate=-1"],
+            "= -1.0 is out of range: must be a finite",
+        ),
+        (["evaluate", "smoke", "--seeds", "9999999999"], "seeds = 9999999999 is out of range"),
+        (["evaluate", "smoke", "steps=9999999999"], "steps = 9999999999 is out of range"),
+        (["bench", "step", "--params", "1000000", "99999999999999999"], "params = 99999999999999999 is out"),
         (
             ["describe", "celo2", "theta_init.kind=file", "theta_init.path=none.safetensors"],
             "no theta at none",
@@ -71,6 +81,8 @@ def test_a_config_file_that_exits_is_a_mistake(
         (["run.itertions=5"], "iterations"),
         (["run.iterations=-5"], "run.iterations = -5 is out of range: must be an integer >= 0"),
         (["run.iterations=many"], "many"),
+        (["run.iterations=99999999999999999999"], "must be an integer >= 0 and < 2**31"),
+        (["run.checkpoint_seconds=1e999"], "must be finite"),
         (["meta.estimator.std=-1.0"], "std = -1.0 is out of range"),
         (["meta.estimator.kind=pse"], "did you mean 'pes'"),
         (["meta.optimizer.learning_rate=-1.0"], "meta.optimizer.learning_rate = -1.0"),
@@ -155,6 +167,23 @@ def test_help_is_quick_and_imports_no_jax() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert out.stdout.splitlines()[-1] == "code 0 False" and "examples:" in out.stdout, out.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 4.5 PiB"), "out of memory: Unable to allocate 4.5 PiB"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "out of memory: RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_too_little_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def run(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(commands, "list_", run)
+    assert words in fails(capsys, "list")
 
 
 def test_module_and_exit_code() -> None:
