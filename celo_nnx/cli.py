@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         text = "a variant (celo2), a variant and its tasks (celo2:fast_digits), or a path to a config file"
         sub.add_argument("config", metavar="CONFIG", help=text)
         text = "changes to it, such as meta.optimizer.learning_rate=3e-4"
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=text)
 
     sub = command("list", commands.list_, "list what there is to choose from", "list", "list parts")
     sub.add_argument(
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "a suite (celo-nnx list suites), or a path to a config file"
     sub.add_argument("suite", metavar="SUITE", help=text)
     text = "changes to it; tasks.*.KEY changes every task that has KEY"
-    sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
+    sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=text)
     text = (
         "baselines (muon), variants with the package's weights or else their hand-made theta (celo2), theta "
         "files, run folders and Python files with get_optimizer(learning_rate) ([LABEL=]PATH), separated by "
@@ -173,7 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "a file, a folder that holds one, or a Hub id (ORGANIZATION/NAME)"
     sub.add_argument("source", metavar="PATH|HUB_ID", help=text)
-    sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="changes to the variant's preset")
+    sub.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="changes to the variant's preset"
+    )
     sub.add_argument("--variant", metavar="NAME", help="whose weights they are (default: as the leaves say)")
     sub.add_argument("--out", required=True, metavar="FILE", help="the theta file, a new .safetensors")
 

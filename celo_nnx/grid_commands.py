@@ -39,7 +39,7 @@ def add(verbs: Any, command: Callable[..., argparse.ArgumentParser]) -> None:
             "grid", metavar="GRID", help="a grid (celo-nnx list grids), or a path to a grid file"
         )
         text = "changes to all cells, such as run.iterations=100"
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=text)
 
     sub = command(
         "plan",

@@ -32,6 +32,9 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         (["trian"], "unknown command 'trian' (did you mean 'train'?)"),
         ([], "required: COMMAND"),
+        (["train"], "required: CONFIG, --run-dir"),
+        (["evaluate"], "required: SUITE (see"),
+        (["grid", "plan"], "required: GRID (see"),
         (["train", "celo2"], "required: --run-dir"),
         (["train", "celo2", "seed", "--run-dir", "x"], "'seed' is not of the form KEY=VALUE"),
         (["train", "celo2", "--run-dir", "x", "--fast"], "unknown argument '--fast'"),
