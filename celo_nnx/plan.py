@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -56,10 +56,10 @@ def plan(
       temporaries read and written, once each; ``compile_s`` and the ``platform`` compiled for.
 
     Raises:
-      UserError: an unknown model, optimizer or mesh axis, a mesh that does not divide the model, or more
-        devices than there can be.
+      UserError: an unknown model, optimizer or mesh axis, a wrong override, a mesh that does not divide the
+        model, or more devices than there can be; before anything is compiled.
     """
-    from celo_nnx.config import presets
+    from celo_nnx.config import load_optimizer, presets
 
     shapes = model_shapes(model)
     variants = [name for name, (_, whole) in presets().items() if whole]
@@ -69,12 +69,14 @@ def plan(
     sizes = {text: mesh_sizes(text) for text in meshes}
     devices = _devices(max(math.prod(of.values()) for of in sizes.values()))
     places = {text: shardings(shapes, _mesh(of, devices)) for text, of in sizes.items()}
+    # Mistakes in shardings and overrides are told before minutes go into compiling.
     for tree in places.values():
-        given_shardings(tree, shapes)  # before minutes go into compiling
+        given_shardings(tree, shapes)
+    built = {name: load_optimizer(name, overrides) for name in optimizers if name not in PEERS}
 
     def row(text: str, name: str) -> dict[str, Any]:
         tell(f"compiling an update of {model} by {name} on {text}")
-        return {"model": model, "mesh": text, **_figures(name, shapes, places[text], overrides)}
+        return {"model": model, "mesh": text, **_figures(name, shapes, places[text], built)}
 
     pairs = [(text, name) for text in places for name in optimizers]
     with futures.ThreadPoolExecutor(cores()) as pool:  # a compilation is one core's work
@@ -131,8 +133,8 @@ def _mesh(sizes: dict[str, int], devices: list[Any]) -> Mesh:
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def _figures(name: str, shapes: PyTree, places: PyTree, overrides: Sequence[str]) -> dict[str, Any]:
-    tx, state_places = (_peer if name in PEERS else _variant)(name, shapes, places, overrides)
+def _figures(name: str, shapes: PyTree, places: PyTree, built: Mapping[str, Any]) -> dict[str, Any]:
+    tx, state_places = _variant(built[name], shapes, places) if name in built else _peer(name, shapes, places)
     params = _placed(shapes, places)
     state = _placed(jax.eval_shape(tx.init, shapes), state_places)
 
@@ -176,7 +178,7 @@ def _bytes(tree: PyTree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _peer(name: str, shapes: PyTree, places: PyTree, overrides: Sequence[str]) -> tuple[Any, PyTree]:
+def _peer(name: str, shapes: PyTree, places: PyTree) -> tuple[Any, PyTree]:
     """Returns one of optax's optimizers, and where its state lies: like its parameters."""
     tx = optax.with_extra_args_support(PEERS[name]())
     everywhere = NamedSharding(jax.tree.leaves(places)[0].mesh, PartitionSpec())
@@ -188,9 +190,6 @@ def _peer(name: str, shapes: PyTree, places: PyTree, overrides: Sequence[str]) -
     return tx, jax.tree.unflatten(jax.tree.structure(state), found)
 
 
-def _variant(name: str, shapes: PyTree, places: PyTree, overrides: Sequence[str]) -> tuple[Any, PyTree]:
-    from celo_nnx.config import load_optimizer
-
-    optimizer = load_optimizer(name, overrides)
+def _variant(optimizer: Any, shapes: PyTree, places: PyTree) -> tuple[Any, PyTree]:
     split = optimizer.with_settings(shardings=given_shardings(places, shapes))
     return optimizer.as_optax(num_steps=1000, shardings=places), split.state_shardings(shapes)

@@ -90,6 +90,8 @@ def test_a_mesh_that_does_not_divide_is_named() -> None:
         (["--model", "gpt3-xl", "--mesh", "fsdp=0"], "write each axis once"),
         (["--model", "gpt3-xl", "--mesh", "fsdp=9999"], "512"),
         (["--model", "gpt3-xl", "--optimizer", "celo3"], "celo2"),
+        (["--model", "gpt2-small", "--set", "foo"], "'foo' is not of the form"),
+        (["--model", "gpt2-small", "--set", "optimizer.schedule.value=-1"], "value = -1.0 is out of range"),
     ],
 )
 def test_mistakes_take_a_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
