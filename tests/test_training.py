@@ -310,6 +310,7 @@ def test_rows_and_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "time": 12.346,
     }
     out = runlog.RunLog(tmp_path, 0, 10)
+    assert capsys.readouterr().err == "compiling (about a minute)\n"
     out.write(rows[:1])
     out.close()
     assert "iteration 5/10  meta-loss 1.0000" in capsys.readouterr().err

@@ -235,8 +235,12 @@ class Silent:
 
 
 def make_progress(start: int, total: int) -> Bar | Lines:
-    """A bar on a terminal, plain lines elsewhere."""
-    return Bar(start, total) if sys.stderr.isatty() else Lines(total)
+    """A bar on a terminal, plain lines elsewhere, of which the first comes before there is any figure."""
+    if sys.stderr.isatty():
+        return Bar(start, total)
+    if start < total:
+        print("compiling (about a minute)", file=sys.stderr, flush=True)
+    return Lines(total)
 
 
 class _Rate:
