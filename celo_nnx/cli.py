@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import celo_nnx
 from celo_nnx import commands, grid_commands, processes
 from celo_nnx.errors import UserError, unknown
 
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="celo-nnx COMMAND --help shows a command's arguments with examples.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"celo-nnx {celo_nnx.__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
 
     def command(

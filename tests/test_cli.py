@@ -10,6 +10,7 @@ import fake_run
 import numpy as np
 import pytest
 
+import celo_nnx
 from celo_nnx import commands, lock
 from celo_nnx.cli import main
 from celo_nnx.theta_io import load_theta
@@ -187,6 +188,12 @@ def test_too_little_memory(
 
     monkeypatch.setattr(commands, "list_", run)
     assert words in fails(capsys, "list")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"celo-nnx {celo_nnx.__version__}\n"
 
 
 def test_module_and_exit_code() -> None:
