@@ -6,10 +6,12 @@ Nothing here imports JAX before a command runs: ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 
 from celo_nnx import processes
 from celo_nnx.errors import UserError
@@ -122,7 +124,8 @@ def evaluate(args: argparse.Namespace) -> int:
     command = shlex.join([*words, "--run-dir", folder])
     options = dict(weights=args.weights, data_dir=args.data_dir, skip_missing=args.skip_missing)
     try:
-        outcome = evaluate(suite, optimizers, folder=folder, command=command, **options)
+        with _data_dir_as_typed():
+            outcome = evaluate(suite, optimizers, folder=folder, command=command, **options)
     except KeyboardInterrupt:
         print(f"stopped; finished cells are kept, and this goes on: {command}", file=sys.stderr)
         return 130
@@ -138,6 +141,15 @@ def evaluate(args: argparse.Namespace) -> int:
         )
     print(f"report: {suite_report.write(outcome.folder)}", file=sys.stderr)
     return 0
+
+
+@contextlib.contextmanager
+def _data_dir_as_typed() -> Iterator[None]:
+    """Calls the folder of data files in a mistake as the user does."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("run.data_dir", "--data-dir")) from None
 
 
 def _is_setting(text: str) -> bool:
@@ -243,7 +255,8 @@ def doctor(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     from celo_nnx.verify import verify
 
-    row = verify(args.name, data_dir=args.data_dir)
+    with _data_dir_as_typed():
+        row = verify(args.name, data_dir=args.data_dir)
     print(json.dumps(row))
     return 0 if row["ok"] else 1
 

@@ -31,6 +31,7 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["verify", "celo2", "--data-dir", "nodir"], ": --data-dir = 'nodir' is not a folder"),
         (["trian"], "unknown command 'trian' (did you mean 'train'?)"),
         ([], "required: COMMAND"),
         (["train"], "required: CONFIG, --run-dir"),

@@ -233,6 +233,7 @@ def test_an_optimizer_of_ones_own(done, file, tmp_path):
         (["smoke", "--optimizers", "sgd=x.py"], "'sgd' is an optimizer of its own"),
         (["celo17_local"], "data are absent for"),
         (["smoke", "--optimizers", "celo2", "--weights", "no.safetensors"], "no weights at no.safetensors"),
+        (["smoke", "--optimizers", "adam", "--data-dir", "nodir"], ": --data-dir = 'nodir' is not a folder"),
         (["celo2"], "not a suite"),
     ],
 )
