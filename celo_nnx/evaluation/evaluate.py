@@ -104,13 +104,14 @@ def evaluate(
     Example:
       >>> evaluate(load_suite("smoke"), ["adam", "muon"], folder="runs/smoke")  # doctest: +SKIP
     """
-    begin = time.monotonic()
+    begin, folder = time.monotonic(), Path(folder)
+    with told(folder):
+        _refuse_foreign(folder)
     # Runs are spread over as many host devices as there are cores; JAX must know before its first use.
     choose_devices(0, cores())
     found = contenders(optimizers, weights, suite.schedule)
     data, skipped = _read_all(suite, data_dir, skip_missing)
     plans = [p for task in data for p in _plans(suite, task, data[task], found)]
-    folder = Path(folder)
     with told(folder), _held(folder):
         note = _note(folder, suite, found, skipped, command)
         cells = Cells(folder)
@@ -277,9 +278,8 @@ def _refuse_others(cells: Cells, plans: Sequence[Plan]) -> None:
             )
 
 
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Makes the folder, unless it holds something else, and keeps other processes out."""
+def _refuse_foreign(folder: Path) -> None:
+    """Raises a :class:`UserError` where something else than an evaluation is there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name another --run-dir")
     others = sorted(p.name for p in folder.iterdir() if p.name != lock.LOCK_NAME) if folder.exists() else []
@@ -288,6 +288,11 @@ def _held(folder: Path) -> Iterator[None]:
             f"{folder} holds {others[0]!r} and no {FILE_NAME}: name a new --run-dir, so that nothing is "
             "overwritten"
         )
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out."""
     folder.mkdir(parents=True, exist_ok=True)
     with lock.hold(folder):
         yield

@@ -170,18 +170,19 @@ def test_missing_data_are_named_and_skipped_only_on_request(tmp_path, monkeypatc
     assert evaluation.tasks == ("bowl",) and "shakespeare" in evaluation.skipped["noisy"]
 
 
-def test_a_folder_of_something_else_is_left_alone(done, file, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(done, file, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"another suite: steps = 40 here, 20 there; name another --run-dir"):
         evaluate(load_suite(file, ["steps=40"]), ["sgd"], folder=done)
     with pytest.raises(UserError, match=r"another suite: tasks.bowl; name"):
         evaluate(load_suite(file, ["tasks.bowl.columns=2"]), ["sgd"], folder=done)
+    with lock.hold(done), pytest.raises(UserError, match="in use by pid"):
+        evaluate(load_suite(file), ["sgd"], folder=done)
     (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(module, "contenders", lambda *_: pytest.fail("built before the folder is looked at"))
     with pytest.raises(UserError, match=r"holds 'notes.txt' and no evaluation.json"):
         evaluate(load_suite(file), ["sgd"], folder=tmp_path)
     with pytest.raises(UserError, match="is a file"):
         evaluate(load_suite(file), ["sgd"], folder=tmp_path / "notes.txt")
-    with lock.hold(done), pytest.raises(UserError, match="in use by pid"):
-        evaluate(load_suite(file), ["sgd"], folder=done)
 
 
 def test_a_label_stands_for_one_optimizer(done, file, monkeypatch):
