@@ -40,8 +40,9 @@ Tensors. A *plane* is an array that broadcasts to a parameter's shape ``S``: ``S
 where it is constant (a row factor is ``[n, 1]``, a column factor ``[1, m]``). Planes are never stacked
 into a features array: XLA fuses planes, and a ``[..., 30]`` stack costs ten times the parameters.
 
-Sources. "OPTIMIZERS 1.5" and "META_TRAINING section 4" name sections of the formula-level specification of
-the published methods that this package was written from; equation names such as (A1) or (E4) are theirs.
+Sources. "OPTIMIZERS 1.5" and "META_TRAINING section 4" name sections of the documentation's pages
+``docs/formulas/optimizers.md`` and ``docs/formulas/meta-training.md``: what the published methods compute,
+with constants and sources. Equation names such as (A1) or (E4) are theirs.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ _CELO2_ADAM: Fields = {
     "mult_1d": (20.0, _RATE),
 }
 
-# --- Celo, Celo-Adam and VeLO (sections 2, 3 and 6) -------------------------------------------------------
+# --- Celo, Celo-Adam and VeLO (OPTIMIZERS sections 2, 3 and 6) -------------------------------------------
 
 _CELO_GROUPS: Switches = _CELO2_GROUPS | {
     "momentum": ("with_m", "with_m_feat"),
@@ -143,7 +143,7 @@ _VELO: Fields = {name: row for name, row in _CELO.items() if name != "train_phas
     "ff_mult": (1.0, _FACTOR),
 }
 
-# --- the others (sections 7 to 9) -------------------------------------------------------------------------
+# --- the others (OPTIMIZERS sections 7 to 9) -------------------------------------------------------------
 
 _RNN_MLP: Fields = {
     "step_multiplier": (0.001, _RATE),

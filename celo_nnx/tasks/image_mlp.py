@@ -47,7 +47,7 @@ class ImageMLP(Task):
       >>> sorted(task.init(jax.random.key(0))[0])
       ['linear_0', 'linear_1']
 
-    Source: META_TRAINING section 7; the normalizer, section 3.
+    Source: META_TRAINING sections 7 and 3 (the normalizer).
     """
 
     features: int
