@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import griffe
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import formulas
 
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`~?([\w.]+)`")
 TABLE = re.compile(r"^( *)(=+)  =+\n(.*?)\n *=+  =+$", re.MULTILINE | re.DOTALL)
 
 
 def to_markdown(text: str, find: Callable[[str], str] = str) -> str:
-    """Returns a docstring with its roles as links, its ``::`` blocks and tables as code.
+    """Returns a docstring with its roles and citations as links, its ``::`` blocks and tables as code.
 
     Args:
       text: the docstring.
@@ -30,7 +36,7 @@ def to_markdown(text: str, find: Callable[[str], str] = str) -> str:
 
     text = TABLE.sub(_list, text)
     text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
-    return ROLE.sub(link, re.sub(r"::$", ":", text, flags=re.MULTILINE))
+    return formulas.linked(ROLE.sub(link, re.sub(r"::$", ":", text, flags=re.MULTILINE)))
 
 
 def _list(found: re.Match[str]) -> str:

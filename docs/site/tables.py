@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 
+import formulas
 import reference
 
 PAGES = ("index.md", "parts.md", "experiments.md", "commands.md")
@@ -45,7 +46,7 @@ def _names() -> str:
 
 
 def _first_line(value: object) -> str:
-    return re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", (value.__doc__ or "").split("\n")[0])
+    return formulas.linked(re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", (value.__doc__ or "").split("\n")[0]))
 
 
 def _modules(text: str) -> str:
@@ -83,7 +84,7 @@ def _experiments() -> str:
     made = ["# Configs by name\n", "Files in `experiments/`, in the package as `celo_nnx.experiments`.\n"]
     for kind in ("variants", "tasks", "suites", "grids", "weights", "baselines", "data"):
         _, *lines = listing.lines(kind).splitlines()
-        rows = [(f"`{line.split()[0]}`", " ".join(line.split()[1:])) for line in lines]
+        rows = [(f"`{line.split()[0]}`", formulas.linked(" ".join(line.split()[1:]))) for line in lines]
         made += [f"## {kind.capitalize()}\n", _table(("name", ""), rows)]
     return "\n".join(made)
 
