@@ -20,8 +20,10 @@ from celo_nnx.errors import UserError
 def list_(args: argparse.Namespace) -> int:
     from celo_nnx import listing
 
-    for what in [args.what] if args.what else listing.KINDS:
-        print(listing.lines(what))
+    text = "\n".join(listing.lines(what) for what in ([args.what] if args.what else listing.KINDS))
+    print(text)
+    if "OPTIMIZERS" in text:
+        print(f"\n{listing.SOURCES}")
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from celo_nnx.errors import unknown
 
 KINDS = ("parts", "variants", "weights", "tasks", "suites", "grids", "baselines", "data")
+SOURCES = "OPTIMIZERS 1.5, (T1), ...: sections and equations of docs/formulas/optimizers.md (documentation)"
 
 
 def lines(what: str) -> str:

@@ -150,6 +150,7 @@ def test_lists_and_describe(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for word in ("newton_schulz", "factored_momentum", "celo2_published", "fast_velo", "digits"):
         assert word in out
+    assert "docs/formulas/optimizers.md" in out.splitlines()[-1]
     assert main(["list", "variants"]) == 0
     assert "fast_velo" not in capsys.readouterr().out
     assert main(["describe", "celo2", "optimizer.schedule.value=0.25"]) == 0
