@@ -223,6 +223,6 @@ def test_it_lowers_for_devices_that_are_not_here(
         [target] = lowered(call, DEVICES[device], like)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         pytest.skip(f"this JAX cannot lower Pallas for {device} here: {error}")
-    state = jax.eval_shape(pallas.init, params)
+    state = jax.eval_shape(lambda p: pallas.init(p, 10), params)
     made = lowered(lambda g, s: pallas.update(g, s, params, value=1.0), DEVICES[device], params, state)
     assert made.count(target) == 4
