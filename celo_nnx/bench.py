@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -320,5 +321,6 @@ class _NaiveCell:
 
 
 def peak_rss_mb() -> float:
-    """Returns this process's peak resident memory in MB (10^6 bytes; Linux counts in kB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """Returns this process's peak resident memory in MB (10^6 bytes; macOS counts in bytes, Linux in kB)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,14 @@ SMALL = ("tasks.hidden=(4,)", "tasks.batch_size=4", "run.devices=1", "run.iterat
 def few(monkeypatch):
     monkeypatch.setattr(bench, "META_REPEATS", 1)
     monkeypatch.setattr(bench, "EXAMPLES", 32)
+
+
+@pytest.mark.parametrize(("system", "counted"), [("linux", 2_000_000 / 1024), ("darwin", 2_000_000)])
+def test_memory_is_in_the_unit_of_the_system(system, counted, monkeypatch):
+    used = types.SimpleNamespace(ru_maxrss=counted)
+    monkeypatch.setattr(bench.resource, "getrusage", lambda _: used)
+    monkeypatch.setattr(bench.sys, "platform", system)
+    assert bench.peak_rss_mb() == 2.0
 
 
 class Plain:

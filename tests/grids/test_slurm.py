@@ -166,6 +166,11 @@ def test_a_list_of_jobs_that_is_none_is_refused(tmp_path, content):
 # --- the job ----------------------------------------------------------------------------------------------
 
 
+# macOS has it from Python 3.13 on. Slurm's jobs run on Linux; the rest of the engine is tested everywhere.
+waits = pytest.mark.skipif(not hasattr(os, "waitid"), reason="a job waits by os.waitid, which is not here")
+
+
+@waits
 def test_a_job_outlives_the_warning_and_saves_when_it_is_asked(tmp_path):
     pytest.importorskip("submitit")
     (folder,) = cells(tmp_path, "slow")
@@ -205,6 +210,7 @@ def test_what_runs_after_a_requeue_is_the_same_command_unless_nothing_is_ever_sa
     assert "3 times in a row, the time limit came before anything was saved" in folder.failure()
 
 
+@waits
 def test_a_preempted_job_has_its_cell_save_and_leaves_the_rest_to_slurm(tmp_path):
     (folder,) = cells(tmp_path, "slow")
     text = "import sys; from celo_nnx.grids import slurm_job; slurm_job.GRACE = 0.2\n"
