@@ -39,6 +39,11 @@ def test_the_citation_is_of_it() -> None:
     assert found["version"] == celo_nnx.__version__
     assert found["license"] == PROJECT["project"]["license"]
     assert {"cff-version", "message", "title", "type"} <= set(found) and "\nauthors:\n" in text
+    assert f'- name: "{PROJECT["project"]["authors"][0]["name"]}"' in text
+    titles = re.findall(r"title: \"(.*?)[\":]", text)  # up to a colon
+    readme = (ROOT / "README.md").read_text().partition("\n## References\n")[2]
+    named = re.findall(r"(?:^|\. )(\w+): ", " ".join(readme.split()))
+    assert "Celo2" in named and set(named) - {"PES"} <= set(titles)  # PES has its long name
 
 
 def test_every_library_is_in_the_notices() -> None:
