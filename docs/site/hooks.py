@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import notebooks
 import reference
 import tables
-from mkdocs.structure.files import File
 
 ROOT = reference.ROOT
 # Files of the repository that are pages or are shown on pages, at the same place in the site.
@@ -22,6 +21,7 @@ SHOWN = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "THIRD_PARTY_NOTICES.
 SUFFIXES = {".md", ".svg", ".csv", ".html", ""}
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
 TABLE = re.compile(r"<!-- table: (\S+) (.*?) -->")
+SPEEDUPS = ("speedup_iqm", "speedup_median", "speedup_mean")
 
 
 def shown() -> dict[str, Path]:
@@ -53,6 +53,8 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Any, config: Any) -> Any:
     """Adds the generated pages and the repository's files."""
+    from mkdocs.structure.files import File  # here, so that tests read tables where MkDocs is not installed
+
     for name, text in (tables.pages() | reference.pages()).items():
         files.append(File.generated(config, f"reference/{name}", content=text))
     for name, text in notebooks.pages().items():
@@ -89,19 +91,22 @@ def csv_table(path: Path, columns: list[str]) -> str:
 
     Args:
       path: the file.
-      columns: each ``NAME`` or ``NAME=TITLE`` (``_`` for a space); where the file has ``NAME_low`` and
-        ``NAME_high`` the interval is shown.
+      columns: each ``NAME`` or ``NAME=TITLE`` (``_`` for a space in the heading); where the file has
+        ``NAME_low`` and ``NAME_high`` the interval is shown, and a speedup over runs that the file counts
+        as lower bounds is "at least" that.
     """
     with path.open() as file:
         rows = list(csv.DictReader(file))
     names, titles = zip(*((c.partition("=")[0], c.partition("=")[2] or c) for c in columns), strict=True)
-    lines = [titles, ["---"] * len(names)]
+    lines = [[title.replace("_", " ") for title in titles], ["---"] * len(names)]
     lines += [[_cell(row, name) for name in names] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("_", " ")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(row: dict[str, str], name: str) -> str:
     text = _number(row[name])
+    if name.startswith(SPEEDUPS) and float(row.get("speedup_lower_bounds") or 0) > 0:
+        text = f"at least {text}"
     for low, high in ((f"{name}_low", f"{name}_high"), ("low", "high")):
         if row.get(low) and (low != "low" or name == "effect") and row[low] != row[high]:
             return f"{text} ({_number(row[low])} to {_number(row[high])})"

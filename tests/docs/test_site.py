@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import doctest
 import importlib.util
 import os
@@ -69,6 +70,27 @@ def test_tables_of_names_can_be_made() -> None:
     assert "| `newton_schulz` |" in made["parts.md"] and "| `celo17` |" in made["experiments.md"]
     for command in ("train", "grid run", "bench meta", "import"):
         assert f"# celo-nnx {command}\n" in made["commands.md"]
+
+
+def test_a_reports_table_says_what_the_file_says(tmp_path: Path) -> None:
+    head = "optimizer,score_iqm,score_iqm_low,score_iqm_high,speedup_iqm,speedup_lower_bounds"
+    rows = ["celo2_base,1.5,1,2,2.25,3", "adam,1,1,1,0.9,0"]
+    (tmp_path / "a.csv").write_text("\n".join([head, *rows]) + "\n")
+    columns = ["optimizer", "score_iqm=final_loss_score", "speedup_iqm=speedup"]
+    assert module("hooks").csv_table(tmp_path / "a.csv", columns).splitlines() == [
+        "| optimizer | final loss score | speedup |",
+        "| --- | --- | --- |",
+        "| celo2_base | 1.50 (1 to 2) | at least 2.25 |",
+        "| adam | 1 | 0.90 |",
+    ]
+
+
+def test_every_candidate_of_the_selection_is_explained() -> None:
+    with (ROOT / "experiments/weights/celo2/selection.csv").open() as file:
+        labels = {row["optimizer"] for row in csv.DictReader(file)} - {"adam", "muon"}
+    below = (ROOT / "docs/results.md").read_text().partition("selection.csv optimizer")[2]
+    legend = below.partition("\n## ")[0]
+    assert labels <= set(re.findall(r"`([^`]+)`", legend))
 
 
 @pytest.fixture(scope="module")
