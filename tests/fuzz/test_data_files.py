@@ -7,11 +7,13 @@ import gzip
 import io
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import made_recordings
 import numpy as np
 import pytest
 from fuzzing import Tally, altered, damaged, examples, misspelt
@@ -19,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from published_trees import joined, tree
 
-from celo_nnx import replay
+from celo_nnx import doctor, replay
 from celo_nnx.pretrained import files, layouts, messagepack, pylo
 from celo_nnx.pretrained.convert import import_weights
 from celo_nnx.tasks import data, load_text
@@ -110,20 +112,45 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "made"
 
 
-@pytest.fixture
-def golden(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+# Made here, for a checkout without recorded files beside it: learned rules of different inputs and states.
+MADE = {
+    "nn_adam": ("celo.optimizers.nn_adam.NNAdam", {"lstm_hidden_size": 5}),
+    "rnn_mlp": ("celo.optimizers.rnn_mlp_lopt.RNNMLPLOpt", {"lstm_hidden_size": 5, "hidden_size": 4}),
+    "adafac_mlp": ("celo.optimizers.adafac_mlp_lopt.AdafacMLPLOpt", {"hidden_size": 3}),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small recordings: the one in the package and :data:`MADE`."""
+    folder = tmp_path_factory.mktemp("recordings")
+    for suffix in (".json", ".npz"):
+        shutil.copy(doctor.RECORDING.with_suffix(suffix), folder)
+    leaves = {"w": ((2, 3), None, [0, 1]), "x": ((4,), None, None)}
+    for name, (reference, constructor) in MADE.items():
+        made_recordings.record(folder, reference, constructor, leaves, name=name)
+    return folder
+
+
+@pytest.fixture(params=["made", "recorded"])
+def recordings(request: pytest.FixtureRequest, made: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Stems of recordings, which are then replayed without computing anything."""
+    if request.param == "made":
+        stems = [made / name for name in ("self_test", *MADE)]
+    else:
+        stems = [request.getfixturevalue("shared") / "golden" / name for name in RECORDINGS]
     for name in ("_trajectory", "_inner"):
         monkeypatch.setattr(replay, name, traced(getattr(replay, name)))
-    return shared / "golden"
+    return stems
 
 
 @examples(20, 700)
 @given(choices=st.data())
-def test_recordings(tally: Tally, folder: Path, golden: Path, choices: st.DataObject) -> None:
+def test_recordings(tally: Tally, folder: Path, recordings: list[Path], choices: st.DataObject) -> None:
     draw = choices.draw
-    name = draw(st.sampled_from(RECORDINGS))
-    header = json.loads((golden / f"{name}.json").read_text())
-    with np.load(golden / f"{name}.npz") as arrays:
+    stem = draw(st.sampled_from(recordings))
+    header = json.loads(stem.with_name(f"{stem.name}.json").read_text())
+    with np.load(stem.with_name(f"{stem.name}.npz")) as arrays:
         arrays = dict(arrays)
     text = json.dumps(draw(altered(header)) if draw(st.booleans()) else header, default=str).encode()
     stored = npz(draw(changed(arrays)) if draw(st.booleans()) else arrays)
