@@ -54,12 +54,23 @@ def test_every_library_is_in_the_notices() -> None:
 
 
 def test_the_workflow_tries_what_is_supported() -> None:
-    lowest = re.match(r">=([\d.]+)", requirements()["jax"])
-    assert lowest is not None and f"'jax=={lowest[1]}'" in WORKFLOW
+    assert "-c .ci/lowest.txt" in WORKFLOW
     pythons = re.search(r"python: \[(.*)\]", WORKFLOW)
     least = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert pythons is not None and pythons[1].startswith(f'"{least}"')
     assert "ubuntu-latest, macos-latest" in WORKFLOW and "[lowest, highest]" in WORKFLOW
+    classifiers = PROJECT["project"]["classifiers"]
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(classifiers))
+    assert ", ".join(f'"{name}"' for name in named) == pythons[1]
+    assert {"Operating System :: MacOS", "Operating System :: POSIX :: Linux"} <= set(classifiers)
+
+
+def test_the_lowest_versions_are_the_lower_bounds() -> None:
+    text = (ROOT / ".ci" / "lowest.txt").read_text()
+    named = dict(re.findall(r"^([\w-]+)==(.+)$", text, re.MULTILINE))
+    needed = [re.match(r"([\w-]+)>=([\d.]+)", need) for need in PROJECT["project"]["dependencies"]]
+    bounds = {found[1]: found[2] for found in needed if found is not None}
+    assert len(bounds) == len(needed) and named == bounds | {"jaxlib": bounds["jax"]}
 
 
 def test_scripts_that_the_workflow_and_ci_name_are_there() -> None:
