@@ -31,6 +31,10 @@ PEERS = {"adamw": lambda: optax.adamw(1e-3), "muon": lambda: optax.contrib.muon(
 OPTIMIZERS = ("adamw", "muon", "celo2")
 MESHES = ("fsdp=1",)
 MOST = 512  # devices that a host may be told to have
+ON_A_CPU = (
+    "compiled for a CPU: temporaries are those of its program, where a learned rule updates large tensors in "
+    "tiles; on other devices they differ"
+)
 
 
 def plan(
@@ -111,6 +115,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             x.ljust(w) if i < 2 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))
         ]
         lines.append("  ".join(padded).rstrip())
+    if any(row["platform"] == "cpu" for row in rows):
+        lines.append(ON_A_CPU)
     return [f"{rows[0]['model']}, one device (10^9 bytes; an update, not the gradients before it):", *lines]
 
 

@@ -28,6 +28,7 @@ def test_bytes_are_those_of_the_shapes() -> None:
     assert done.returncode == 0, done.stderr
     rows = {(row["mesh"], row["optimizer"]): row for row in map(json.loads, done.stdout.splitlines())}
     assert len(rows) == 4 and "GB of parameters" in done.stderr
+    assert done.stderr.count("compiled for a CPU: temporaries are those of its program") == 1
 
     depth, d = 12, 768
     matrices, vectors = depth * 12 * d * d, depth * (4 * d + 4 * d + d + 4 * d) + 2 * d
