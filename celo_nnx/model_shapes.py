@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -115,24 +117,33 @@ def mesh_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def shardings(params: PyTree, mesh: Mesh) -> PyTree:
+def shardings(params: PyTree, mesh: Mesh, tell: Callable[[str], None] = lambda line: None) -> PyTree:
     """Returns how a transformer's parameters are split over the axes ``fsdp`` and ``tensor`` of a mesh.
 
     Of a matrix ``tensor`` splits the side that Megatron-LM does, ``fsdp`` the other; of an embedding both
-    split the width; vectors lie whole on every device, and what ``data`` counts are replicas.
+    split the width; vectors lie whole on every device, and what ``data`` counts are replicas. A mesh
+    axis that does not divide its side splits the other one, or where it divides neither none.
 
     Args:
       params: arrays or ``jax.ShapeDtypeStruct``, of :func:`model_shapes` or named like them.
       mesh: with some of the axes ``data``, ``fsdp``, ``tensor``.
+      tell: is given a line about the tensors that are split along another side or not at all.
     """
-    fsdp, tensor = ("fsdp" if "fsdp" in mesh.shape else None), ("tensor" if "tensor" in mesh.shape else None)
-    both = tuple(name for name in (fsdp, tensor) if name) or None
-    places = []
+    places, elsewhere, undivided = [], [], []
     for path, leaf in tensor_paths(params):
         parts = path.split("/")
-        split: tuple[Any, ...] = ()
-        if leaf.ndim == 2:
-            split = (fsdp, tensor) if parts[-2] in OUTPUTS_SPLIT else (tensor, fsdp)
-            split = (None, both) if "embed" in parts else split
-        places.append(NamedSharding(mesh, PartitionSpec(*split)))
+        sides: list[tuple[str, ...]] = [()] * leaf.ndim
+        for name in [n for n in ("fsdp", "tensor") if n in mesh.shape and leaf.ndim == 2]:
+            usual = int("embed" in parts or (parts[-2] in OUTPUTS_SPLIT) == (name == "tensor"))
+            counts = [math.prod(mesh.shape[n] for n in (*side, name)) for side in sides]
+            fits = [side for side in (usual, 1 - usual) if leaf.shape[side] % counts[side] == 0]
+            if fits:
+                sides[fits[0]] += (name,)
+            if fits[:1] != [usual]:
+                (elsewhere if fits else undivided).append(f"{path} over {name}")
+        places.append(NamedSharding(mesh, PartitionSpec(*(side or None for side in sides))))
+    for found, how in ((elsewhere, "along their other side"), (undivided, "not at all")):
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            tell(f"split {how}, as the mesh does not divide them: {', '.join(found[:3])}{more}")
     return jax.tree.unflatten(jax.tree.structure(params), places)

@@ -51,7 +51,7 @@ def plan(
       meshes: as :func:`celo_nnx.model_shapes.mesh_sizes` reads them.
       optimizers: ``"adamw"``, ``"muon"`` or variants of ``celo_nnx.experiments``.
       overrides: of the variants' configs, such as ``optimizer.state.dtype=bfloat16``.
-      tell: is given a line before each compilation.
+      tell: is given a line before each compilation, and one where a mesh does not divide a matrix as usual.
 
     Yields:
       A row for each: ``model, mesh, devices, optimizer, params`` (numbers of the model); ``params_bytes,
@@ -60,8 +60,8 @@ def plan(
       temporaries read and written, once each; ``compile_s`` and the ``platform`` compiled for.
 
     Raises:
-      UserError: an unknown model, optimizer or mesh axis, a wrong override, a mesh that does not divide the
-        model, or more devices than there can be; before anything is compiled.
+      UserError: an unknown model, optimizer or mesh axis, a wrong override, or more devices than there can
+        be; before anything is compiled.
     """
     from celo_nnx.config import load_optimizer, presets
 
@@ -72,10 +72,11 @@ def plan(
             raise unknown("optimizer", name, [*PEERS, *variants])
     sizes = {text: mesh_sizes(text) for text in meshes}
     devices = _devices(max(math.prod(of.values()) for of in sizes.values()))
-    places = {text: shardings(shapes, _mesh(of, devices)) for text, of in sizes.items()}
-    # Mistakes in shardings and overrides are told before minutes go into compiling.
-    for tree in places.values():
-        given_shardings(tree, shapes)
+    places = {}
+    for text, of in sizes.items():
+        say = lambda line, text=text: tell(f"{model} on {text}: {line}")  # noqa: E731
+        places[text] = shardings(shapes, _mesh(of, devices), say)
+    # Mistakes in overrides are told before minutes go into compiling.
     built = {name: load_optimizer(name, overrides) for name in optimizers if name not in PEERS}
 
     def row(text: str, name: str) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from celo_nnx.cli import main
 from celo_nnx.errors import UserError
 from celo_nnx.model_shapes import MODELS, Model, mesh_sizes, model_shapes, shardings
 from celo_nnx.plan import plan
 from celo_nnx.sharding import given_shardings
+from celo_nnx.tensors import tensor_paths
 from celo_nnx.work import floating_point_work
 
 
@@ -79,8 +80,29 @@ def test_work_counts_loops_branches_and_products() -> None:
 def test_a_mesh_that_does_not_divide_is_named() -> None:
     mesh = AbstractMesh((7,), ("fsdp",), axis_types=(AxisType.Auto,))
     shapes = model_shapes("gpt2-small")
-    with pytest.raises(UserError, match=r"axis 0 of 'block_00/attention/key/kernel'.*fsdp=7"):
-        given_shardings(shardings(shapes, mesh), shapes)
+    places = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec("fsdp")), shapes)
+    with pytest.raises(UserError, match=r"axis 0 of 'block_00/attention/key/bias'.*fsdp=7"):
+        given_shardings(places, shapes)
+
+
+def test_a_side_that_a_mesh_does_not_divide_is_left_for_the_other_or_whole() -> None:
+    def split(model: str, **sizes: int) -> tuple[dict[str, PartitionSpec], list[str]]:
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        shapes, told = model_shapes(model), []
+        places = shardings(shapes, mesh, told.append)
+        assert given_shardings(places, shapes)
+        return {path: place.spec for path, place in tensor_paths(places)}, told
+
+    specs, told = split("vit-b16", fsdp=16)
+    assert specs["head/kernel"] == PartitionSpec("fsdp", None)
+    why = "as the mesh does not divide them"
+    assert told == [f"split along their other side, {why}: head/kernel over fsdp"]
+    specs, told = split("vit-b16", fsdp=8, tensor=16)
+    assert specs["head/kernel"] == PartitionSpec("tensor", "fsdp") and not told
+    specs, (line,) = split("vit-b16", fsdp=7, tensor=2)
+    assert specs["head/kernel"] == PartitionSpec("tensor", None)
+    assert line.startswith(f"split not at all, {why}: block_00/attention/key/kernel over fsdp, ")
+    assert line.endswith(" and 73 more")
 
 
 @pytest.mark.parametrize(
