@@ -71,7 +71,7 @@ def scale(args: argparse.Namespace) -> None:
             width_multipliers=args.width_multipliers,
             name=f"gpt-{width}x{depth}",
         )
-    data = f"{len(text.tokens)} characters of {text.name}"
+    data = study.described(f"{len(text.tokens)} characters of {text.name}", next(iter(problems.values())))
     settings = study.settings_of(args, plan, free=("widths", "depths"))
     study.claim(args.run_dir, settings | {"data": data, "tuned_at": args.widths[0]})
     with hold(args.run_dir):

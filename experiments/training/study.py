@@ -21,6 +21,7 @@ from celo_nnx.evaluation.progress import Progress
 from celo_nnx.experiments.training.loop import COMPARED, OPTIMIZERS, Plan, Problem, Run, train
 from celo_nnx.files import read_json, told, write_json
 from celo_nnx.lock import hold
+from celo_nnx.meta.checkpoint import digest, flatten
 
 TUNING_SEED = 0  # results are of the seeds 1, 2, ...
 LIMIT = 4  # half-decades that a grid may grow by at each end
@@ -212,6 +213,12 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def described(data: str, problem: Problem) -> str:
+    """Says what a problem's data are, with a digest, as a file that was edited may be as long as before."""
+    found = digest(flatten({"train": problem.train, "validation": problem.validation}), {})
+    return f"{data}, sha256 {found[:12]}"
+
+
 def settings_of(args: argparse.Namespace, plan: Plan, free: Sequence[str] = ()) -> dict[str, Any]:
     """What decides the runs of a folder; seeds, optimizers and what else is free may be changed later."""
     free = (*free, "run_dir", "checkpoint_seconds", "seeds", "optimizers", "every")
@@ -229,6 +236,7 @@ def command(
     def run(args: argparse.Namespace) -> None:
         plan, names = plan_of(args), names_of(args)
         problem, data = make(args)
+        data = described(data, problem)
         claim(args.run_dir, settings_of(args, plan) | {"data": data})
         with hold(args.run_dir):
             print(f"{problem.name} on {printable(data)}; everything goes to {args.run_dir}", file=sys.stderr)

@@ -126,6 +126,23 @@ def fake(problem: Problem, optimizer: str, rate: float, seed: int, plan: Plan, *
     return Run([(step, loss, loss) for step in range(plan.every, plan.steps + 1, plan.every)], 0.001)
 
 
+@pytest.mark.parametrize("program", [gpt, scaling])
+def test_an_edited_text_of_the_same_length_is_another_study(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "train", fake)
+    monkeypatch.setattr(picture, "write", lambda *_: None)
+    file = tmp_path / "notes.txt"
+    options = ["--text", str(file), "--steps", "2", "--context", "8", "--run-dir", str(tmp_path / "runs")]
+    options += ["--widths", "8", "--depths", "1"] if program is scaling else ["--width", "8"]
+    file.write_text("a study of notes " * 20)
+    assert program.main(options) == program.main(options) == 0
+    capsys.readouterr()
+    file.write_text("a study of tones " * 20)
+    assert program.main(options) == 2
+    assert "is of a study with data = '340 characters of" in capsys.readouterr().err
+
+
 def test_grids_widen_to_the_best_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "train", fake)
     monkeypatch.setattr(picture, "write", lambda name, tuned, *rest: found.update(tuned))
