@@ -62,7 +62,7 @@ def celo2(
       weights: theta as a tree, a ``.safetensors`` file, a run folder of ``celo-nnx train``, or a name: by
         default the package's of this rule; ``"hand_made"`` makes it Muon with exponential-average momentum.
       num_steps: length of the run in updates; this rule does not need it.
-      mask: booleans like the parameters, or a function of them: which tensors are decayed.
+      mask: Python or numpy booleans like the parameters, or a function of them: which tensors are decayed.
       dimensions: ``optax.contrib.MuonDimensionNumbers`` or None (Adam) for each tensor, or a function of
         the parameters: which axes are the matrix. By default kernels of nnx and linen are recognised; see
         :meth:`~celo_nnx.optimizer.LearnedOptimizer.routing_table`.

@@ -47,7 +47,7 @@ from celo_nnx.tensors import (
     check_arrays,
     check_like,
     check_patterns,
-    spread,
+    decay_masks,
     tensor_paths,
 )
 from celo_nnx.transform import as_optax, check_steps
@@ -327,17 +327,17 @@ class LearnedOptimizer(nnx.Module):
           (updates to ADD to the parameters, in the parameters' dtypes; next state).
 
         Raises:
-          UserError: the trees of gradients, parameters and state do not match, the state is of another
-            version, or ``value`` is missing where a part uses it.
+          UserError: the trees of gradients, parameters and state do not match, the mask holds something else
+            than booleans, the state is of another version, or ``value`` is missing where a part uses it.
         """
         check_like(grads, params, "gradient")
         check_arrays(grads, "gradient")
         _check_version(state)
-        check_like(state, jax.eval_shape(self._init, params), "optimizer state")
+        check_like(state, jax.eval_shape(self._init, params), "optimizer state", dtypes=True)
         leaves, grad_of = tensor_paths(params), dict(tensor_paths(grads))
         mask = dict.fromkeys((path for path, _ in leaves), True)
         if decay_mask is not None:
-            mask = spread(decay_mask, params, "weight decay mask")
+            mask = decay_masks(decay_mask, params)
         if learning_rate is None:
             learning_rate = self.schedule.base(state["count"], state["num_steps"])
         lr = learning_rate(state["count"]) if callable(learning_rate) else learning_rate

@@ -42,7 +42,7 @@ def tensor_paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> 
     return pairs
 
 
-def check_like(tree: PyTree, like: PyTree, what: str) -> None:
+def check_like(tree: PyTree, like: PyTree, what: str, dtypes: bool = False) -> None:
     """Raises a :class:`UserError` that names the first leaf in which ``tree`` is not like ``like``."""
     have, want = dict(tensor_paths(tree)), dict(tensor_paths(like))
     for path in want:
@@ -53,6 +53,8 @@ def check_like(tree: PyTree, like: PyTree, what: str) -> None:
             raise UserError(f"the {what} tree has {path!r}, which is not expected")
         if np.shape(leaf) != want[path].shape:
             raise UserError(f"{what} {path!r} has shape {np.shape(leaf)}, expected {want[path].shape}")
+        if dtypes and (found := jax.dtypes.result_type(leaf)) != want[path].dtype:
+            raise UserError(f"{what} {path!r} has dtype {found}, expected {want[path].dtype}")
 
 
 def check_arrays(tree: PyTree, what: str) -> None:
@@ -102,6 +104,25 @@ def spread(
         if path not in used and empty.isdisjoint(above(path)):
             raise UserError(f"the {what} does not fit the parameters: {path!r} is none of them")
     return out
+
+
+def decay_masks(mask: PyTree, params: PyTree) -> dict[str, bool]:
+    """Returns which tensors are decayed, by path; Python or numpy booleans, known while a program is traced.
+
+    Raises:
+      UserError: the mask does not fit the parameters, or has something else for a tensor, which is named.
+    """
+    if isinstance(mask, jax.Array):
+        raise UserError(
+            "the weight decay mask is an array, not booleans like the parameters: "
+            'optax.inject_hyperparams needs static_args=("mask",)'
+        )
+    found = spread(mask, params, "weight decay mask")
+    for path, on in found.items():
+        if not isinstance(on, (bool, np.bool_)):
+            shown = f"a {type(on).__name__}" if hasattr(on, "dtype") else repr(on)
+            raise UserError(f"the weight decay mask of {path!r} is {shown}, not a Python or numpy boolean")
+    return found
 
 
 def check_patterns(what: str, patterns: Iterable[str], paths: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def as_optax(
       num_steps: length of the run in updates; required where the schedule needs it.
       learning_rate: number or optax schedule; the config's schedule by default (1e-3 in the presets).
       weight_decay: decoupled; the config's by default (0 in the presets).
-      mask: booleans like the parameters, or a function of them: which tensors are decayed.
+      mask: Python or numpy booleans like the parameters, or a function of them: which tensors are decayed.
       dimensions: ``optax.contrib.MuonDimensionNumbers`` or None for each tensor, as
         ``optax.contrib.muon`` takes them, or a function of the parameters: which axes are the matrix;
         None sends a tensor to the hand-made route, and where there is none leaves it to the config's
@@ -52,7 +53,8 @@ def as_optax(
       ``init(params)`` and ``update(grads, state, params, value=loss)``.
 
     Raises:
-      UserError: ``num_steps`` is missing where the schedule needs it; at an update, ``value`` likewise.
+      UserError: ``num_steps`` is missing where the schedule needs it; at an update, ``value`` likewise; an
+        argument out of its range.
 
     Example:
       >>> import optax
@@ -66,7 +68,14 @@ def as_optax(
     """
     check_steps(optimizer, num_steps)
     _check_number("learning_rate", None if callable(learning_rate) else learning_rate)
+    if callable(weight_decay):
+        raise UserError("weight_decay takes no schedule, only a number: see optax.inject_hyperparams")
     _check_number("weight_decay", weight_decay)
+
+    def rate(count: Array) -> Array:
+        made = learning_rate(count)
+        require(_is_scalar(made), "learning_rate(count)", made, "a number")
+        return made
 
     def looking(params: PyTree) -> Any:
         changes: dict[str, Any] = {}
@@ -91,12 +100,14 @@ def as_optax(
             raise UserError("update needs params: tx.update(grads, state, params)")
         if value is None and optimizer.needs_value:
             raise UserError("update needs value: tx.update(grads, state, params, value=loss)")
+        if optimizer.needs_value:
+            require(_is_scalar(value), "value", value, "a number, the loss")
         updates, new = looking(params).update(
             grads,
             _without_diagnostics(state) if diagnostics else state,
             params,
-            value=value,
-            learning_rate=learning_rate,
+            value=value if optimizer.needs_value else None,
+            learning_rate=rate if callable(learning_rate) else learning_rate,
             weight_decay=weight_decay,
             decay_mask=mask(params) if callable(mask) else mask,
         )
@@ -112,8 +123,12 @@ def check_steps(optimizer: Any, num_steps: Any) -> None:
     if num_steps is None and optimizer.needs_num_steps:
         raise UserError("num_steps is required: a part of this optimizer uses the length of the run")
     if not isinstance(num_steps, jax.Array):
-        whole = (type(num_steps) is int or isinstance(num_steps, np.integer)) and num_steps >= 1
+        whole = isinstance(num_steps, Integral) and not isinstance(num_steps, bool) and num_steps >= 1
         require(num_steps is None or whole, "num_steps", num_steps, "an integer of at least 1")
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, (int, float, np.generic, np.ndarray, jax.Array)) and np.shape(x) == ()
 
 
 def _check_number(name: str, number: Any) -> None:

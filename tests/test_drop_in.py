@@ -330,6 +330,8 @@ def test_states_of_others_are_refused() -> None:
     refused("the optimizer state is a tuple", optax.adam(1e-3).init(PARAMS))
     refused("the optimizer state is a NoneType", None)
     refused("the optimizer state tree lacks 'learned/6x20", celo_nnx.celo2(0.1).init({"b": PARAMS["b"]}))
+    half = celo_nnx.celo2(0.1, state_dtype="bfloat16")
+    refused("'learned/6x20/.*' has dtype bfloat16, expected float32", half.init(PARAMS))
     refused("'diagnostics/b/clipped', which is not expected", kept.init(PARAMS))
     refused("one that init with diagnostics made", state, kept)
     refused("one that init with diagnostics made", None, kept)
@@ -397,9 +399,15 @@ def test_value_and_num_steps_where_a_rule_needs_them() -> None:
     for step in (optimizer.update, optimizer.look):
         with _raises("update needs value"):
             step(VECTOR, bare, VECTOR)
-    # A rule that needs neither takes both.
-    tx = celo_nnx.celo2_base(num_steps=10)
-    tx.update(VECTOR, tx.init(VECTOR), VECTOR, value=jnp.float32(1.0), more="ignored")
+    for value, shown in ((jnp.ones(3), "Array"), ("1", "'1'")):
+        with _raises(f"value = {shown}.* is out of range: must be a number, the loss"):
+            tx.update(VECTOR, tx.init(VECTOR), VECTOR, value=value)
+    # A rule that needs neither takes both, and a length from numpy.
+    tx = celo_nnx.celo2_base(num_steps=np.int64(10))
+    jax.eval_shape(lambda: tx.update(VECTOR, tx.init(VECTOR), VECTOR, value=jnp.ones(3), more="ignored"))
+    tx = celo_nnx.celo2_base(lambda count: None)
+    with _raises("learning_rate\\(count\\) = None is out of range: must be a number"):
+        jax.eval_shape(lambda: tx.update(VECTOR, tx.init(VECTOR), VECTOR))
 
 
 @pytest.mark.parametrize(
@@ -411,8 +419,10 @@ def test_value_and_num_steps_where_a_rule_needs_them() -> None:
         (dict(learning_rate=float("nan")), "learning_rate = nan"),
         (dict(learning_rate=np.float32(-1)), "learning_rate = .*-1"),
         (dict(weight_decay=np.ones(2)), "weight_decay = array"),
-        (dict(weight_decay=lambda count: 0.1), "weight_decay = <function"),
+        (dict(weight_decay=optax.constant_schedule(0.1)), "weight_decay takes no schedule, only a number"),
         (dict(num_steps=0), "num_steps = 0 is out of range: must be an integer of at least 1"),
+        (dict(num_steps=np.int64(0)), "num_steps = .*0"),
+        (dict(num_steps=True), "num_steps = True"),
         (dict(state_dtype="float16"), "unknown optimizer.state.dtype 'float16' \\(did you mean 'bfloat16'"),
     ],
 )
@@ -444,6 +454,10 @@ def test_bad_trees_name_the_tensor() -> None:
     for message, mask in {
         "the weight decay mask does not fit the parameters: it has nothing for 'b'": {"w": True},
         "the weight decay mask does not fit the parameters: 'c' is none of them": {"w": 1, "b": 1, "c": 1},
+        "the weight decay mask of 'b' is 'bias', not a Python or numpy boolean": "bias",
+        "the weight decay mask of 'w' is 0.5, not a Python": {"w": 0.5, "b": np.bool_(True)},
+        "the weight decay mask of 'w' is a .*, not a Python": lambda p: {"w": p["w"][0, 0] > 0, "b": True},
+        'is an array, .*: optax.inject_hyperparams needs static_args=\\("mask",\\)': jnp.bool_(False),
     }.items():
         with _raises(message):
             jax.eval_shape(celo_nnx.celo2(0.1, 0.1, mask=mask).update, GRADS[0], state, PARAMS)

@@ -156,7 +156,7 @@ def test_empty_tensors_mixed_dtypes_and_a_mask_prefix() -> None:
         "half": jnp.ones((4, 20), jnp.bfloat16),
         "full": {"a": jnp.ones((4, 20)), "c": jnp.ones((4, 20))},
     }
-    tx = load_optimizer("celo2").as_optax(weight_decay=1.0, mask={"none": 0, "half": 1, "full": False})
+    tx = load_optimizer("celo2").as_optax(weight_decay=1.0, mask={"none": False, "half": True, "full": False})
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(grads, tx.init(params), params)
     assert updates["none"].shape == (0, 4) and updates["half"].dtype == jnp.bfloat16
