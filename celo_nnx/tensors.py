@@ -112,15 +112,17 @@ def decay_masks(mask: PyTree, params: PyTree) -> dict[str, bool]:
     Raises:
       UserError: the mask does not fit the parameters, or has something else for a tensor, which is named.
     """
-    if isinstance(mask, jax.Array):
+    single = jax.tree_util.treedef_is_leaf(jax.tree.structure(params))
+    if isinstance(mask, (bool, np.bool_, jax.Array)) and not single:
+        # optax.inject_hyperparams has called the function with the number of updates.
         raise UserError(
-            "the weight decay mask is an array, not booleans like the parameters: "
+            "the weight decay mask is a single value, not booleans like the parameters: "
             'optax.inject_hyperparams needs static_args=("mask",)'
         )
     found = spread(mask, params, "weight decay mask")
     for path, on in found.items():
         if not isinstance(on, (bool, np.bool_)):
-            shown = f"a {type(on).__name__}" if hasattr(on, "dtype") else repr(on)
+            shown = "an array" if hasattr(on, "dtype") else repr(on)
             raise UserError(f"the weight decay mask of {path!r} is {shown}, not a Python or numpy boolean")
     return found
 

@@ -213,6 +213,14 @@ def test_inject_hyperparams_with_a_schedule_a_theta_and_a_function() -> None:
     assert int(state.inner_state["num_steps"]) == 7
 
 
+def test_inject_hyperparams_is_told_that_a_mask_is_no_schedule() -> None:
+    """It would call the function with the number of updates and switch the decay off."""
+    made = optax.inject_hyperparams(celo_nnx.celo2)
+    tx = made(0.1, weight_decay=0.5, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    with _raises('single value, .*: optax.inject_hyperparams needs static_args=\\("mask",\\)'):
+        jax.eval_shape(lambda: tx.update(PARAMS, tx.init(PARAMS), PARAMS))
+
+
 def test_groups_with_their_own_learning_rates() -> None:
     """One rule, two rates; masks of the whole tree, and figures of both groups together."""
     mask = {"slow": {"w": True, "b": False}, "fast": {"w": False, "b": True}}
@@ -456,8 +464,11 @@ def test_bad_trees_name_the_tensor() -> None:
         "the weight decay mask does not fit the parameters: 'c' is none of them": {"w": 1, "b": 1, "c": 1},
         "the weight decay mask of 'b' is 'bias', not a Python or numpy boolean": "bias",
         "the weight decay mask of 'w' is 0.5, not a Python": {"w": 0.5, "b": np.bool_(True)},
-        "the weight decay mask of 'w' is a .*, not a Python": lambda p: {"w": p["w"][0, 0] > 0, "b": True},
-        'is an array, .*: optax.inject_hyperparams needs static_args=\\("mask",\\)': jnp.bool_(False),
+        "the weight decay mask of 'w' is an array": lambda p: {
+            "w": p["w"][0, 0] > 0,
+            "b": True,
+        },
+        "the weight decay mask is a single value, not booleans": jnp.bool_(False),
     }.items():
         with _raises(message):
             jax.eval_shape(celo_nnx.celo2(0.1, 0.1, mask=mask).update, GRADS[0], state, PARAMS)
