@@ -16,7 +16,7 @@ from celo_nnx.meta.augmentations import AUGMENTATIONS
 from celo_nnx.meta.estimators import ESTIMATORS
 from celo_nnx.meta.estimators.base import Estimator
 from celo_nnx.meta.frozen import frozen_mask
-from celo_nnx.meta.meta_optimizers import meta_optimizer
+from celo_nnx.meta.meta_optimizers import meta_optimizer, of_rate
 from celo_nnx.meta.objective import Objective
 from celo_nnx.meta.trainer import MetaTrainer
 from celo_nnx.meta.truncation import TRUNCATIONS
@@ -179,13 +179,15 @@ def build_trainer(
     """
     if not jax.tree.leaves(optimizer.theta):
         raise UserError("the optimizer has no meta-parameters: there is nothing to meta-train")
-    rule = meta_optimizer(_section(config.meta, "optimizer"), optimizer.theta)
+    section = _section(config.meta, "optimizer")
+    rule, by_rate = meta_optimizer(section, optimizer.theta), of_rate(section)
     frozen = frozen_mask(optimizer.theta, config.meta.get("frozen", ()))
     estimator = build_estimator(config.meta, optimizer, families, devices)
     return MetaTrainer(
         optimizer,
         estimator,
-        rule,
+        by_rate or rule,
+        learning_rate=section["learning_rate"] if by_rate else None,
         iterations_per_dispatch=config.run.iterations_per_dispatch,
         average=config.meta.get("average", 0.0),
         frozen=frozen,

@@ -60,7 +60,7 @@ def adamw(
         require(is_number(value) and 0.0 <= value < high, f"meta.optimizer.{name}", value, legal)
 
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        if not callable(value):
+        if not callable(value) and not isinstance(value, jax.Array):
             number(name, value, math.inf, "a finite number >= 0")
     number("b1", b1, 1.0, "in [0, 1)")
     number("b2", b2, 1.0, "in [0, 1)")
@@ -189,6 +189,17 @@ def meta_optimizer(section: Mapping[str, Any], theta: Any = None) -> Rule:
     if _form(updates) != _form(like) or _form(state) != _form(after):
         raise UserError(f"{where} ({section['kind']}) changes the shapes of theta or of its own state")
     return rule
+
+
+def of_rate(section: Mapping[str, Any]) -> Callable[[jax.Array], Rule] | None:
+    """Returns a rule as a function of its learning rate, None where that is not a number of ``adamw``.
+
+    A program that gets the rate as data is the same for all rates.
+    """
+    if section["kind"] != "adamw" or not is_number(section.get("learning_rate")):
+        return None
+    rest = dict(section.items())
+    return lambda rate: _make(rest | {"learning_rate": rate}, "meta.optimizer", nested=False)
 
 
 def _form(tree: Any) -> tuple[Any, list[Any]]:

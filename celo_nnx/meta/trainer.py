@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,8 @@ class MetaTrainer:
     Args:
       optimizer: the optimizer whose theta is where training starts.
       estimator: estimates the gradient of the meta-loss.
-      meta_optimizer: the optax rule for theta.
+      meta_optimizer: the optax rule for theta; with ``learning_rate`` a function that makes it of the rate.
+      learning_rate: data to the program, which is the same for all rates; None for a rule that has its own.
       iterations_per_dispatch: the most meta-iterations of one :meth:`run`.
       average: decay of the average of theta, in [0, 1); 0 for none.
       frozen: theta's tree of bool, true for leaves that rest; None for none.
@@ -54,8 +56,9 @@ class MetaTrainer:
         self,
         optimizer: Optimizer,
         estimator: GradientEstimator,
-        meta_optimizer: optax.GradientTransformation,
+        meta_optimizer: optax.GradientTransformation | Callable[[Array], optax.GradientTransformation],
         *,
+        learning_rate: float | None = None,
         iterations_per_dispatch: int = 10,
         average: float = 0.0,
         frozen: PyTree = None,
@@ -71,12 +74,11 @@ class MetaTrainer:
         self.estimator = estimator
         self.average = float(average)
         self.frozen = frozen if frozen is not None and any(jax.tree.leaves(frozen)) else None
-        if self.frozen is not None:
-            meta_optimizer = optax.masked(meta_optimizer, jax.tree.map(lambda rests: not rests, self.frozen))
         self.meta_optimizer = meta_optimizer
         self.iterations_per_dispatch = iterations_per_dispatch
         # Data travels as an argument, since arrays that a jitted function closes over are baked into it.
-        self._data = getattr(estimator, "data", ())
+        rate = () if learning_rate is None else jnp.float32(learning_rate)
+        self._data = getattr(estimator, "data", ()), rate
         self._mesh = getattr(estimator, "mesh", None)
         self._init = jax.jit(self._first_state)
         self.compiled_run = jax.jit(self._iterations, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
@@ -134,7 +136,15 @@ class MetaTrainer:
             for name, part in state.items()
         }
 
+    def _rule(self, data: PyTree) -> optax.GradientTransformation:
+        rate = data[1]
+        rule = self.meta_optimizer if isinstance(rate, tuple) else self.meta_optimizer(rate)
+        if self.frozen is None:
+            return rule
+        return optax.masked(rule, jax.tree.map(lambda rests: not rests, self.frozen))
+
     def _bound(self, data: PyTree) -> GradientEstimator:
+        data = data[0]
         return self.estimator.with_data(data) if hasattr(self.estimator, "with_data") else self.estimator
 
     def _first_state(
@@ -147,7 +157,7 @@ class MetaTrainer:
         average = {"theta": jax.tree.map(jnp.copy, theta), "count": jnp.int32(0)}
         return {
             "theta": theta,
-            "meta_optimizer": self.meta_optimizer.init(theta),
+            "meta_optimizer": self._rule(data).init(theta),
             "estimator": self._bound(data).init(theta, start, iteration),
             "iteration": jnp.array(iteration, copy=True),
             "key": jax.random.wrap_key_data(
@@ -179,7 +189,7 @@ class MetaTrainer:
         key = jax.random.fold_in(state["key"], state["iteration"])
         gradient, estimator, metrics = self._bound(data)(theta, state["estimator"], key, state["iteration"])
         gradient = self._rested(jax.tree.map(jnp.zeros_like, gradient), gradient)
-        updates, meta_optimizer = self.meta_optimizer.update(gradient, state["meta_optimizer"], theta)
+        updates, meta_optimizer = self._rule(data).update(gradient, state["meta_optimizer"], theta)
         theta = self._rested(theta, optax.apply_updates(theta, updates))
         metrics = {
             **metrics,

@@ -113,6 +113,20 @@ def test_a_config_builds_a_trainer(toy):
     assert int(state["iteration"]) == 2 and trainer.estimator.pairs == 2
 
 
+def test_meta_learning_rates_share_a_program_and_are_followed(toy):
+    """A grid of rates compiles once, and a rate that is data has the bits of one that is a constant."""
+    texts, ends = [], []
+    for rate in (1e-4, 3e-2):
+        trainer = build_trainer(config(optimizer__learning_rate=rate), toy.Drift(), [toy.family()])
+        state = trainer.init(jax.random.key(0))
+        texts.append(trainer.compiled_run.lower(state, jnp.int32(2), trainer._data).as_text())
+        ends.append(bits(trainer.run(state, 2)[0]))
+    assert texts[0] == texts[1] and ends[0] != ends[1]
+    rule = meta_optimizer({"kind": "adamw", "learning_rate": 3e-2, "b1": 0.9, "b2": 0.999, "eps": 1e-8})
+    fixed = toy.MetaTrainer(toy.Drift(), trainer.estimator, rule, iterations_per_dispatch=2)
+    assert bits(fixed.run(fixed.init(jax.random.key(0)), 2)[0]) == ends[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
