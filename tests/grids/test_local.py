@@ -44,6 +44,11 @@ class Told:
         return [event for event, one in self.events if one == name]
 
 
+def half_of_the_cores() -> int:
+    """What each of two cells is bound to; macOS binds no process, and the stand-in tells 0."""
+    return max(1, cores() // 2) if hasattr(os, "sched_setaffinity") else 0
+
+
 def test_cells_run_a_number_at_a_time(tmp_path):
     folders, told, own = make(tmp_path, *["ok"] * 4), Told(), cores()
     Local(jobs=2, command=command)(folders, lambda: 0, told)
@@ -51,19 +56,18 @@ def test_cells_run_a_number_at_a_time(tmp_path):
     most = max(sum(a <= start < b for a, b in spans) for start, _ in spans)
     assert most <= 2 and [folder.state() for folder in folders] == ["done"] * 4
     assert all(told.of(folder.path.name) == ["started", "done"] for folder in folders)
-    # macOS binds no process to cores, and the stand-in tells 0.
-    each = max(1, own // 2) if hasattr(os, "sched_setaffinity") else 0
-    assert {folder.result()["outcome"]["cores"] for folder in folders} == {each}
+    assert {folder.result()["outcome"]["cores"] for folder in folders} == {half_of_the_cores()}
     assert cores() == own  # the driver keeps its own
 
 
 def test_a_cell_that_is_left_has_the_cores_of_an_uninterrupted_grid(tmp_path):
     folders, told = make(tmp_path, *["ok"] * 3), Told()
-    for folder in folders[:2]:
-        (folder.path / "result.json").write_text('{"outcome": {}}')
+    for folder, text in zip(folders[:2], ('{"outcome": {}}', "{}"), strict=True):  # done, damaged
+        (folder.path / "result.json").write_text(text)
     Local(jobs=2, command=command)(folders, lambda: 0, told)
     assert told.events == [("started", "cell2"), ("done", "cell2")]
-    assert folders[2].result()["outcome"]["cores"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (folders[1].path / "result.json").read_text() == "{}"
+    assert folders[2].result()["outcome"]["cores"] == half_of_the_cores()
 
 
 def test_a_failed_cell_is_tried_again_and_does_not_stop_others(tmp_path):
