@@ -96,7 +96,7 @@ class Local:
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`Engine`."""
-        waiting = deque(folder for folder in folders if folder.state() not in ("done", "damaged"))
+        waiting = deque(folder for folder in folders if not folder.has_result())
         free = deque(slots(min(self.jobs, max(1, len(folders)))))
         judge = Judge(self.retries, tell)
         active: list[_Active] = []

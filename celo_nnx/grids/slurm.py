@@ -92,7 +92,7 @@ class Slurm:
 
     def __call__(self, folders: Sequence[CellFolder], stop: Callable[[], int], tell: Tell) -> None:
         """See :class:`celo_nnx.grids.local.Engine`; what is queued when it returns goes on."""
-        folders = [folder for folder in folders if folder.state() not in ("done", "damaged")]
+        folders = [folder for folder in folders if not folder.has_result()]
         name, jobs = read_jobs(self.folder)
         if not name:  # before the first submission, so that its jobs are found whenever the driver dies
             name = f"celo-{secrets.token_hex(6)}"

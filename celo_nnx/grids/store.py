@@ -90,6 +90,10 @@ class CellFolder:
             raise UserError(f"{path} is not the result of a cell; {again}")
         return found
 
+    def has_result(self) -> bool:
+        """Whether there is a result, damaged or not: such a cell is not run."""
+        return (self.path / RESULT_NAME).exists()
+
     def damage(self) -> str:
         """Returns what is wrong with the result, empty where it can be read or there is none."""
         try:
@@ -139,7 +143,7 @@ class CellFolder:
 
     def state(self) -> str:
         """Returns one of :data:`STATES`; a stopped cell goes on from its checkpoint."""
-        if (self.path / RESULT_NAME).exists():
+        if self.has_result():
             return "damaged" if self.damage() else "done"
         if self.held():
             return "running"

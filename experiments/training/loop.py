@@ -99,7 +99,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(adamw, (-6, -3), -1.0),
     "muon": Optimizer(muon, (-5, -2), 0.0),
     "celo2": Optimizer(celo2, (-7, -4), -0.5),
-    # What the difference between the two last is made of.
+    # Steps on the way from Celo2 to Muon: what their difference is made of.
     "celo2_routed": Optimizer(functools.partial(routed, "celo2"), (-7, -4), -0.5),
     "hand_made_routed": Optimizer(functools.partial(routed, "hand_made"), (-7, -4), -0.5),
 }
